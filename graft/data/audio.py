@@ -1,0 +1,111 @@
+"""Sound file -> waveform: 16 kHz mono float32, or an error that says what is wrong with the file.
+
+Decoding is libsndfile's (WAV, FLAC, OGG, Opus, MP3), resampling soxr's. Nothing unreadable becomes silence and
+nothing is cut without a word.
+
+S: samples at 16 kHz
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import soundfile
+import soxr
+
+from graft.lengths import SAMPLE_RATE, Window
+
+LongAudio = Literal["reject", "join", "truncate"]
+
+BLOCK = 1 << 20  # frames per read: memory follows what the file holds, not what its header claims
+TOO_LONG_S = 0.02  # a file this much longer than its manifest says is a rounded duration (one encoder frame)
+TOO_SHORT_S = 0.1  # ... and this much shorter still counts as whole; more is a damaged or exchanged file
+
+
+class AudioError(ValueError):
+    """A sound file cannot be used; the message names it and the reason."""
+
+
+def load_audio(path: Path, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """The waveform (S,) of a file, or of the piece of it that starts at ``offset`` and lasts ``duration`` seconds.
+
+    Raises:
+        AudioError: missing, unreadable, empty, shorter than ``offset + duration``, or with NaN or infinite samples.
+    """
+    samples, rate = _read(path, offset, duration)
+    if not len(samples):
+        raise AudioError(f"{path}: holds no samples{f' after {offset:g} s' if offset else ''}")
+    if duration is not None and len(samples) / rate < duration - max(TOO_SHORT_S, 0.01 * duration):
+        raise AudioError(f"{path}: {len(samples) / rate:.3f} s of audio, its manifest line says {duration:g} s")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    waveform = samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    if not len(waveform):
+        raise AudioError(f"{path}: {len(samples)} samples at {rate} Hz are too few to resample")
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+def header_duration(path: Path) -> float:
+    """Length of a sound file in seconds, from its header alone.
+
+    Raises:
+        AudioError: missing, unreadable or empty.
+    """
+    with _open(path) as file:
+        if file.frames <= 0:
+            raise AudioError(f"{path}: holds no samples")
+        return file.frames / file.samplerate
+
+
+def windows(waveform: np.ndarray, window: Window, policy: LongAudio, who: str = "audio") -> list[np.ndarray]:
+    """What the encoder is given for a waveform (S,): pieces no longer than its window.
+
+    ``reject`` raises :class:`graft.lengths.WindowExceeded`, ``join`` gives consecutive windows whose frames are to
+    be joined, ``truncate`` the first window.
+    """
+    size = window.num_samples
+    if policy == "reject":
+        window.check(len(waveform), who)
+    if policy == "truncate":
+        return [waveform[:size]]
+    return [waveform[start : start + size] for start in range(0, len(waveform), size)]
+
+
+def _open(path: Path) -> soundfile.SoundFile:
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: no such file")
+    if Path(path).stat().st_size == 0:
+        raise AudioError(f"{path}: empty file (0 bytes)")
+    try:
+        return soundfile.SoundFile(str(path))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file
+        raise AudioError(f"{path}: not readable as audio: {getattr(error, 'error_string', error)}") from error
+
+
+def _read(path: Path, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
+    """Samples (N,), channels averaged, and their rate."""
+    with _open(path) as file:
+        rate = file.samplerate
+        start, wanted = round(offset * rate), None if duration is None else round(duration * rate)
+        if wanted is not None and file.frames - start - wanted <= TOO_LONG_S * rate:
+            wanted = None  # the rest of the file, up to the rounding of its duration
+        try:
+            if start:
+                file.seek(min(start, file.frames))
+            blocks = _blocks(file, wanted)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{path}: damaged: {error.error_string}") from error
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
+
+
+def _blocks(file: soundfile.SoundFile, wanted: int | None) -> list[np.ndarray]:
+    blocks: list[np.ndarray] = []
+    while wanted is None or wanted > 0:
+        block = file.read(BLOCK if wanted is None else min(BLOCK, wanted), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block.mean(axis=1))
+        wanted = None if wanted is None else wanted - len(block)
+    return blocks

@@ -1,0 +1,157 @@
+"""Samples -> a padded micro-batch that checks itself.
+
+Training sequences are padded on the right, prompts for generation on the left.
+
+B: utterances    T: positions    F: encoder frames    D: numbers per frame
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graft.data.loader import FeatureSample
+from graft.data.prompt import IGNORE_INDEX, PromptTemplate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes; ``labels`` is None for generation.
+
+    ids: B utterance ids                 input_ids, attention_mask, labels: (B, T) int64
+    audio_features: (B, F, D)            audio_feature_lengths: (B,) int64, frames of each that are real
+    """
+
+    ids: tuple[str, ...]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor | None
+    audio_features: torch.Tensor
+    audio_feature_lengths: torch.Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        assert len(shape) == 2 and shape[0] == len(self.ids) > 0, f"input_ids {tuple(shape)} for {len(self.ids)} ids"
+        for name in ("attention_mask", "labels"):
+            tensor = getattr(self, name)
+            assert tensor is None or tensor.shape == shape, f"{name} {tuple(tensor.shape)}, input_ids {tuple(shape)}"
+        for name in ("input_ids", "attention_mask", "labels", "audio_feature_lengths"):
+            tensor = getattr(self, name)
+            assert tensor is None or tensor.dtype == torch.int64, f"{name} is {tensor.dtype}, expected int64"
+        features, lengths = self.audio_features, self.audio_feature_lengths
+        assert features.ndim == 3 and len(features) == len(self.ids), f"audio_features {tuple(features.shape)}"
+        assert features.is_floating_point(), f"audio_features is {features.dtype}"
+        assert lengths.shape == (len(self.ids),), f"audio_feature_lengths {tuple(lengths.shape)}"
+        self._check_values()
+
+    def _check_values(self) -> None:
+        lengths = self.audio_feature_lengths.tolist()
+        assert min(lengths) >= 1 and max(lengths) == self.audio_features.shape[1], f"lengths {lengths}"
+        mask = self.attention_mask.bool()
+        assert mask.any(dim=1).all(), "a row is padding only"
+        if self.labels is None:
+            return
+        learnt = self.labels != IGNORE_INDEX
+        assert not (learnt & ~mask).any(), "a label on padding"
+        assert torch.equal(self.labels[learnt], self.input_ids[learnt]), "a label is not the token it stands on"
+        without = [self.ids[i] for i in (~learnt.any(dim=1)).nonzero().flatten().tolist()]
+        if without:
+            raise ValueError(f"nothing to learn in {', '.join(without)}: no label at all")
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Positions that give loss."""
+        return 0 if self.labels is None else int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_padding(self) -> int:
+        """Positions that hold padding."""
+        return int((self.attention_mask == 0).sum())
+
+    @property
+    def num_positions(self) -> int:
+        """All positions, B x T."""
+        return self.input_ids.numel()
+
+    @property
+    def num_frames(self) -> int:
+        """Encoder frames of all utterances, without padding."""
+        return int(self.audio_feature_lengths.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return _unchecked(self, moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run in the background."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return _unchecked(self, {name: value.pin_memory() for name, value in tensors.items()})
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of the model's ``forward``."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
+    """A batch of training sequences, padded on the right.
+
+    Raises:
+        ValueError: an utterance has no text.
+    """
+    rows = []
+    for sample in samples:
+        if not sample.text.strip():
+            raise ValueError(f"utterance '{sample.id}' has no text to learn")
+        tokens = template.num_audio_tokens(len(sample.audio_features))
+        rows.append(template.training_ids(tokens, sample.text, sample.instruction))
+    longest = max(len(ids) for ids, _ in rows)
+    return _batch(
+        samples,
+        input_ids=[ids + [template.pad_token_id] * (longest - len(ids)) for ids, _ in rows],
+        attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
+        labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
+    )
+
+
+def collate_generation(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
+    """A batch of prompts, padded on the left, so that each reply begins at the same position."""
+    rows = [
+        template.prompt_ids(template.num_audio_tokens(len(sample.audio_features)), sample.instruction)
+        for sample in samples
+    ]
+    longest = max(len(ids) for ids in rows)
+    return _batch(
+        samples,
+        input_ids=[[template.pad_token_id] * (longest - len(ids)) + ids for ids in rows],
+        attention_mask=[[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows],
+        labels=None,
+    )
+
+
+def _batch(
+    samples: Sequence[FeatureSample],
+    input_ids: list[list[int]],
+    attention_mask: list[list[int]],
+    labels: list[list[int]] | None,
+) -> Batch:
+    features = [sample.audio_features for sample in samples]
+    return Batch(
+        ids=tuple(sample.id for sample in samples),
+        input_ids=torch.tensor(input_ids),
+        attention_mask=torch.tensor(attention_mask),
+        labels=None if labels is None else torch.tensor(labels),
+        audio_features=torch.nn.utils.rnn.pad_sequence(features, batch_first=True),  # (B, F, D), zeros behind
+        audio_feature_lengths=torch.tensor([len(f) for f in features]),
+    )
+
+
+def _unchecked(batch: Batch, tensors: dict[str, Any]) -> Batch:
+    """A copy with other tensors of the same values: checking them again would wait for the device."""
+    made = object.__new__(Batch)
+    made.__dict__.update(vars(batch) | tensors)
+    return made

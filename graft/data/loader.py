@@ -1,0 +1,183 @@
+"""Where features come from, and having them ready before they are asked for.
+
+A source gives ``entries`` (what is known of each utterance without its features) and ``read_many`` (the features).
+``ShardSource`` reads a feature set; ``OnlineSource`` encodes the audio on the fly with an ``encode`` handed to it.
+
+F: encoder frames    D: numbers per frame    S: samples at 16 kHz
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from graft.data.audio import AudioError, LongAudio, header_duration, load_audio, windows
+from graft.data.manifest import Manifest, Reject, Utterance
+from graft.data.shard_format import FeatureSet
+from graft.lengths import Window, WindowExceeded, encoder_frames, num_samples
+
+Encode = Callable[[list[np.ndarray]], list[torch.Tensor]]  # waveforms (S_i,) -> features (F_i, D), one window each
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Entry(Protocol):
+    """What is known of an utterance without its features; ``num_frames`` may be one off where audio is resampled."""
+
+    id: str
+    text: str
+    num_frames: int
+    duration: float
+    instruction: str | None
+
+
+class FeatureSource(Protocol):
+    """Utterances and their features."""
+
+    entries: Sequence[Entry]
+
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features (F_i, D) in bf16 of the entries at ``indices``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSample:
+    """An utterance with its features (F, D)."""
+
+    id: str
+    text: str
+    audio_features: torch.Tensor
+    instruction: str | None = None
+
+
+def read_samples(source: FeatureSource, indices: Sequence[int]) -> list[FeatureSample]:
+    """The samples at ``indices``, in that order."""
+    entries = [source.entries[i] for i in indices]
+    features = source.read_many(indices)
+    return [FeatureSample(e.id, e.text, f, e.instruction) for e, f in zip(entries, features, strict=True)]
+
+
+class ShardSource:
+    """Features from a set on disk."""
+
+    def __init__(self, feature_set: FeatureSet) -> None:
+        self.feature_set = feature_set
+        self.entries = feature_set.entries
+
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features (F_i, D); see :meth:`FeatureSet.read` for the errors."""
+        return [self.feature_set.read(i) for i in indices]
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineEntry:
+    """An utterance to be encoded when it is needed."""
+
+    id: str
+    text: str
+    num_frames: int
+    duration: float
+    instruction: str | None
+    utterance: Utterance
+
+
+class OnlineSource:
+    """Features encoded on the fly; utterances that cannot be used are found at once and listed in ``rejects``."""
+
+    def __init__(
+        self, manifest: Manifest, encode: Encode, *, window: Window, long_audio: LongAudio = "reject"
+    ) -> None:
+        """Reads the header of every sound file: an utterance is rejected now or used, never dropped in the middle."""
+        self._encode, self._window, self._long_audio = encode, window, long_audio
+        self.entries: list[OnlineEntry] = []
+        self.rejects: list[Reject] = list(manifest.rejects)
+        for line, utterance in zip(manifest.lines, manifest.utterances, strict=True):
+            try:
+                self.entries.append(self._entry(utterance))
+            except (AudioError, WindowExceeded) as error:
+                self.rejects.append(Reject(line, utterance.id, str(error)))
+
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features (F_i, D) of the entries at ``indices``.
+
+        Raises:
+            AudioError: a file that could be opened cannot be decoded; names it.
+        """
+        pieces = [self._pieces(self.entries[i].utterance) for i in indices]
+        frames = iter(self._encode([piece for several in pieces for piece in several]))
+        return [torch.cat([next(frames) for _ in several]) for several in pieces]
+
+    def _entry(self, utterance: Utterance) -> OnlineEntry:
+        whole = header_duration(utterance.audio_filepath) - utterance.offset
+        duration = whole if utterance.duration is None else min(whole, utterance.duration)
+        if duration <= 0:
+            raise AudioError(f"{utterance.audio_filepath}: holds no samples after {utterance.offset:g} s")
+        samples = num_samples(duration)
+        if self._long_audio == "reject":
+            self._window.check(samples, f"'{utterance.id}'")
+        elif self._long_audio == "truncate":
+            samples = min(samples, self._window.num_samples)
+        text, instruction = utterance.text, utterance.instruction
+        return OnlineEntry(utterance.id, text, encoder_frames(samples), duration, instruction, utterance)
+
+    def _pieces(self, utterance: Utterance) -> list[np.ndarray]:
+        waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+        return windows(waveform, self._window, self._long_audio, f"'{utterance.id}'")
+
+
+class Prefetcher(Generic[Item, Made]):
+    """Makes items ahead in background threads; order is kept, an error comes out where its item would have.
+
+    Use as an iterator, and as a context manager where the consumer may leave early::
+
+        with Prefetcher(read, steps, depth=4) as ready:
+            for batch in ready: ...
+    """
+
+    def __init__(
+        self, make_item: Callable[[Item], Made], items: Iterable[Item], depth: int = 2, threads: int = 1
+    ) -> None:
+        """At most ``depth`` made items wait; ``items`` is drawn from in the consumer's thread and may be endless."""
+        if depth < 1 or threads < 1:
+            raise ValueError(f"depth {depth} and threads {threads} must be at least 1")
+        self._results = self._run(make_item, items, depth, threads)
+
+    def __iter__(self) -> Iterator[Made]:
+        return self._results
+
+    def __next__(self) -> Made:
+        return next(self._results)
+
+    def __enter__(self) -> Prefetcher[Item, Made]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop: what is being made is finished, what waits is dropped, the threads end."""
+        self._results.close()
+
+    @staticmethod
+    def _run(
+        make_item: Callable[[Item], Made], items: Iterable[Item], depth: int, threads: int
+    ) -> Iterator[Made]:
+        pending: deque[Future[Made]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+            try:
+                for item in items:
+                    pending.append(pool.submit(make_item, item))
+                    if len(pending) > depth:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for waiting in pending:
+                    waiting.cancel()

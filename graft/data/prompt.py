@@ -1,0 +1,149 @@
+"""The token ids around the audio, from the processor's own chat template.
+
+The template is rendered once per instruction and cut at the audio placeholder and at the reply. What is trained on is
+then exactly what generation starts from: ``training_ids`` begins with ``prompt_ids``, and text is tokenised apart from
+the prompt, as a model that generates it would emit it.
+
+A: audio tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.data.loader import Entry
+from graft.lengths import audio_tokens
+
+IGNORE_INDEX = -100  # a label that gives no loss: torch's default
+REPLY = "reply"  # stands for the text while the template is rendered
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Token ids before and after the audio tokens; ``after`` ends where the reply begins."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass
+class PromptTemplate:
+    """Prompts and targets of one processor, system text and default instruction."""
+
+    processor: Any = field(repr=False)
+    system: str
+    instruction: str
+    stack_factor: int
+    audio_token_id: int
+    pad_token_id: int
+    end_ids: tuple[int, ...] = ()
+    _parts: dict[str, Parts] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_processor(cls, processor: Any, system: str, instruction: str) -> PromptTemplate:
+        """Use a processor with ``tokenizer``, ``apply_chat_template``, ``audio_token`` and ``stack_factor``.
+
+        Raises:
+            ValueError: the template does not hold the audio exactly once, or does not end a reply with the tokenizer's
+                end token.
+        """
+        tokenizer = processor.tokenizer
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no pad or no end token; Qwen2-VL's has both")
+        template = cls(
+            processor,
+            system,
+            instruction,
+            stack_factor=processor.stack_factor,
+            audio_token_id=tokenizer.convert_tokens_to_ids(processor.audio_token),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        template.end_ids = template._find_end()
+        template._parts_of(instruction)
+        return template
+
+    @property
+    def before_ids(self) -> tuple[int, ...]:
+        """Ids before the audio, with the default instruction."""
+        return self._parts_of(self.instruction).before
+
+    @property
+    def after_ids(self) -> tuple[int, ...]:
+        """Ids between the audio and the reply, with the default instruction."""
+        return self._parts_of(self.instruction).after
+
+    def prompt_ids(self, num_audio_tokens: int, instruction: str | None = None) -> list[int]:
+        """Ids up to where the model's reply begins, with ``num_audio_tokens`` placeholders."""
+        if num_audio_tokens < 1:
+            raise ValueError(f"a prompt needs at least one audio token, got {num_audio_tokens}")
+        parts = self._parts_of(instruction or self.instruction)
+        return [*parts.before, *[self.audio_token_id] * num_audio_tokens, *parts.after]
+
+    def training_ids(
+        self, num_audio_tokens: int, text: str, instruction: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """(ids, labels): the prompt and the reply; labels are the reply's text and its end token, else -100."""
+        prompt = self.prompt_ids(num_audio_tokens, instruction)
+        reply = [*self.text_ids(text), *self.end_ids]
+        return prompt + reply, [IGNORE_INDEX] * len(prompt) + reply
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a transcript. Spelled-out special tokens in it are text like any other, never control."""
+        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """Placeholders that ``num_frames`` encoder frames take."""
+        return audio_tokens(num_frames, self.stack_factor)
+
+    def cost(self, num_frames: int, text: str, instruction: str | None = None) -> int:
+        """Positions of the training sequence of an utterance."""
+        return self._frame_cost(num_frames, instruction) + len(self.text_ids(text))
+
+    def costs(self, entries: Sequence[Entry]) -> list[int]:
+        """:meth:`cost` of many utterances, tokenised together."""
+        if not entries:
+            return []
+        texts = self.processor.tokenizer(
+            [entry.text for entry in entries], add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+        return [self._frame_cost(e.num_frames, e.instruction) + len(ids) for e, ids in zip(entries, texts, strict=True)]
+
+    def _frame_cost(self, num_frames: int, instruction: str | None) -> int:
+        parts = self._parts_of(instruction or self.instruction)
+        return len(parts.before) + self.num_audio_tokens(num_frames) + len(parts.after) + len(self.end_ids)
+
+    def _parts_of(self, instruction: str) -> Parts:
+        if instruction not in self._parts:
+            text = self._render(instruction)
+            pieces = text.split(self.processor.audio_token)
+            if len(pieces) != 2:
+                raise ValueError(
+                    f"the prompt holds the audio {len(pieces) - 1} times, expected once. Instruction {instruction!r} "
+                    f"or the chat template must not spell {self.processor.audio_token}: {text!r}"
+                )
+            self._parts[instruction] = Parts(*(tuple(self._ids(piece)) for piece in pieces))
+        return self._parts[instruction]
+
+    def _find_end(self) -> tuple[int, ...]:
+        """What the template puts after a reply, up to the token that ends generation."""
+        prompt, whole = self._render(self.instruction), self._render(self.instruction, REPLY)
+        if not whole.startswith(prompt + REPLY):
+            raise ValueError(f"the chat template does not continue its own prompt with the reply: {whole!r}")
+        tail, end = self._ids(whole.removeprefix(prompt + REPLY)), self.processor.tokenizer.eos_token_id
+        if end not in tail:
+            raise ValueError(f"the chat template ends a reply with {tail}, without the tokenizer's end token {end}")
+        return tuple(tail[: tail.index(end) + 1])
+
+    def _render(self, instruction: str, reply: str | None = None) -> str:
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": self.system}]},
+            {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": instruction}]},
+        ]
+        if reply is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply is None)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,323 @@
+"""A feature set on disk, and reading it: WebDataset tars, with an index outside them that proves they are whole.
+
+A tar protects nothing but its headers: a cut at a member boundary, a zeroed header or a flipped byte of data read as
+a shorter or different set, without an error. So every set is
+
+    index.json               written last; counts, sizes and digests of all else, and which encoder made it
+    samples.jsonl            one line per utterance: text, lengths, and where its bytes are
+    <split>-000000.tar ...   per utterance <key>.json and <key>.safetensors; stock WebDataset reads them
+    rejects.jsonl            utterances that are not in the set, and why
+    parts/                   one file per finished shard: what a rerun needs to go on
+
+and a sample is read by its place and checked by its CRC. Nothing is unpickled, and no size is believed before it has
+been compared with the index.
+
+F: encoder frames of 20 ms    D: numbers per frame
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+INDEX, SAMPLES, REJECTS, PARTS = "index.json", "samples.jsonl", "rejects.jsonl", "parts"
+TENSOR, SCALE = "audio_features", "scale"
+DTYPES = {"bfloat16": ("BF16", torch.bfloat16, 2), "int8": ("I8", torch.int8, 1)}  # name -> in the file, torch, bytes
+MOST_HEADER_BYTES = 4096  # of a sample's safetensors header: ours take 80 to 200
+MOST_OPEN_SHARDS = 64
+
+
+class DamagedShard(ValueError):
+    """Bytes of a set are not those its index promises; the message names the shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEntry:
+    """One line of ``samples.jsonl``: ``offset`` and ``size`` are the place of the safetensors bytes in ``shard``."""
+
+    id: str
+    key: str
+    text: str
+    num_frames: int
+    duration: float
+    shard: str
+    offset: int
+    size: int
+    crc32: int
+    instruction: str | None = None
+    language: str | None = None
+    speaker: str | None = None
+
+    def as_line(self) -> dict[str, Any]:
+        """The entry as it is written; what is not set is left out."""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+
+
+class FeatureSet:
+    """An opened set: ``entries`` in order, and ``read`` for the features of one of them."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], entries: Sequence[SampleEntry]) -> None:
+        self.folder, self.index, self.entries = folder, index, entries
+        self.name: str = index["name"]
+        self.dtype: str = index["dtype"]
+        self.frame_size: int = index["frame_size"]
+        self.window_frames: int = index["window_frames"]
+        self.fingerprint: str = index["encoder"]["fingerprint"]
+        self.audio_seconds: float = index["audio_seconds"]
+        self._files = _OpenShards(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, expected_fingerprint: str | None = None) -> FeatureSet:
+        """Open a set after comparing what can be compared without reading the shards.
+
+        Raises:
+            ValueError: there is no finished set, or another encoder made it.
+            DamagedShard: a file is missing, has another size, or the list of samples is not the index's.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        check_fingerprint(folder, index, expected_fingerprint)
+        for shard in index["shards"]:
+            check_size(folder / shard["file"], shard["size"])
+        return cls(folder, index, _read_entries(folder, index))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, position: int) -> torch.Tensor:
+        """Features (F, D) in bf16 of the entry at ``position``.
+
+        Raises:
+            DamagedShard: the bytes are not those that were written.
+        """
+        return decode(self.read_bytes(position), self.entries[position], self.dtype, self.frame_size)
+
+    def read_bytes(self, position: int) -> bytearray:
+        """The safetensors bytes of the entry at ``position``, checked by their CRC."""
+        entry = self.entries[position]
+        data = self._files.read(entry.shard, entry.offset, entry.size)
+        if len(data) != entry.size or zlib.crc32(data) != entry.crc32:
+            raise damaged(self.folder / entry.shard, f"the features of '{entry.id}' are not those that were written")
+        return data
+
+
+def encode(features: torch.Tensor, dtype: str) -> bytes:
+    """Features (F, D) as safetensors bytes; ``int8`` adds one fp32 scale per frame (F,)."""
+    from safetensors.torch import save
+
+    if dtype == "bfloat16":
+        return save({TENSOR: features.to(torch.bfloat16).contiguous()})
+    peak = features.float().abs().amax(dim=1)
+    scale = torch.where(peak > 0, peak / 127, 1.0)
+    quantised = (features.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()})
+
+
+def decode(data: bytearray, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
+    """Features (F, D) in bf16 from safetensors bytes, whose header must say what the index says."""
+    stored_as, torch_dtype, _ = DTYPES[dtype]
+    wanted = {TENSOR: (stored_as, [entry.num_frames, frame_size])}
+    if dtype == "int8":
+        wanted[SCALE] = ("F32", [entry.num_frames])
+    start, header = _header(data, entry)
+    found = {name: (tensor.get("dtype"), tensor.get("shape")) for name, tensor in header.items()}
+    if found != wanted:
+        raise damaged(entry.shard, f"'{entry.id}' holds {found}, the index says {wanted}")
+    tensor = _tensor(data, start, header[TENSOR], torch_dtype, entry)
+    if dtype == "bfloat16":
+        return tensor
+    scale = _tensor(data, start, header[SCALE], torch.float32, entry)
+    return (tensor.float() * scale[:, None]).to(torch.bfloat16)
+
+
+def sample_size(num_frames: int, frame_size: int, dtype: str) -> int:
+    """Bytes of the tensors of one sample, without headers."""
+    return num_frames * (frame_size * DTYPES[dtype][2] + (4 if dtype == "int8" else 0))
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of shard ``number`` of a set."""
+    return f"{split}-{number:06d}.tar"
+
+
+def damaged(shard: Path | str, what: str) -> DamagedShard:
+    """The error for a damaged shard, with the remedy."""
+    return DamagedShard(f"shard {shard}: {what}. Delete this shard and run shards/precompute.py again.")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """``index.json`` of a finished set, its keys and kinds checked.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        started = " (it was begun: run shards/precompute.py again to finish it)" if (folder / PARTS).is_dir() else ""
+        raise ValueError(f"no finished feature set in {folder}: no {INDEX}{started}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        _check_index(index)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedShard(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return index
+
+
+def check_fingerprint(folder: Path, index: Mapping[str, Any], expected: str | None) -> None:
+    """Refuse a set that another encoder made.
+
+    Raises:
+        ValueError: names both encoders and the two ways out.
+    """
+    found = index["encoder"]["fingerprint"]
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"feature set {folder} was made by another encoder: its fingerprint is {found[:12]} "
+            f"(from {index['encoder'].get('source', 'unknown')}), the recipe's is {expected[:12]}. "
+            "Point bases.whisper to the encoder that made it, or make the set again in another folder (data.shards)."
+        )
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a shard that is missing or has another size than ``size`` bytes."""
+    if not path.is_file():
+        raise damaged(path, "missing")
+    found = path.stat().st_size
+    if found != size:
+        raise damaged(path, f"{found} bytes, the index says {size}")
+
+
+def _check_index(index: Any) -> None:
+    if index["format"] != FORMAT:
+        raise ValueError(f"format {index['format']!r}, this version reads {FORMAT}")
+    if index["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {index['dtype']!r}, expected one of {', '.join(DTYPES)}")
+    for name in ("num_samples", "window_frames", "frame_size", "num_rejects"):
+        _check_whole(index[name], name)
+    for name in (index["name"], index["samples"]["file"], index["encoder"]["fingerprint"]):
+        _check_plain(name)
+    for shard in index["shards"]:
+        _check_plain(shard["file"])
+        _check_whole(shard["size"], "size")
+        _check_whole(shard["num_samples"], "num_samples")
+    if sum(shard["num_samples"] for shard in index["shards"]) != index["num_samples"]:
+        raise ValueError("the shards' num_samples do not add up to the set's")
+    index["audio_seconds"] = float(index["audio_seconds"])
+
+
+def _check_whole(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {value!r}, expected a whole number")
+
+
+def _check_plain(name: Any) -> None:
+    if not isinstance(name, str) or not name or name != os.path.basename(name) or name in (".", ".."):
+        raise ValueError(f"{name!r} is not a plain name")
+
+
+def _read_entries(folder: Path, index: Mapping[str, Any]) -> list[SampleEntry]:
+    path = folder / index["samples"]["file"]
+    if not path.is_file():
+        raise DamagedShard(f"{path}: missing")
+    data = path.read_bytes()
+    if sha256(data).hexdigest() != index["samples"]["sha256"]:
+        raise DamagedShard(f"{path}: its sha256 is not the index's: changed, cut, or of another build")
+    sizes = {shard["file"]: shard["size"] for shard in index["shards"]}
+    names = {name: name for name in sizes}  # one string per shard, not one per sample
+    entries = []
+    for line in data.decode("utf-8").splitlines():
+        fields = json.loads(line)
+        entry = SampleEntry(**fields | {"shard": names.get(fields["shard"], fields["shard"])})
+        _check_entry(entry, sizes, index)
+        entries.append(entry)
+    if len(entries) != index["num_samples"]:
+        raise DamagedShard(f"{path}: {len(entries)} samples, the index says {index['num_samples']}")
+    return entries
+
+
+def _check_entry(entry: SampleEntry, sizes: Mapping[str, int], index: Mapping[str, Any]) -> None:
+    """The place of a sample is inside its shard and its size follows from its frames: no read is larger."""
+    for name in ("num_frames", "offset", "size", "crc32"):
+        _check_whole(getattr(entry, name), name)
+    tensors = sample_size(entry.num_frames, index["frame_size"], index["dtype"])
+    inside = entry.shard in sizes and entry.offset + entry.size <= sizes[entry.shard]
+    if not inside or not tensors < entry.size <= tensors + MOST_HEADER_BYTES or entry.num_frames < 1:
+        raise damaged(entry.shard, f"'{entry.id}' has an impossible place or size in {index['samples']['file']}")
+
+
+def _header(data: bytearray, entry: SampleEntry) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the tensors begin and what the safetensors header says of them."""
+    length = int.from_bytes(data[:8], "little")
+    if length > MOST_HEADER_BYTES or 8 + length > len(data):
+        raise damaged(entry.shard, f"'{entry.id}' has a header of {length} bytes")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        if not all(isinstance(tensor, dict) for tensor in header.values()):
+            raise ValueError("not tensors")
+    except (ValueError, AttributeError) as error:
+        raise damaged(entry.shard, f"'{entry.id}' has an unreadable header") from error
+    return 8 + length, header
+
+
+def _tensor(
+    data: bytearray, start: int, header: Mapping[str, Any], dtype: torch.dtype, entry: SampleEntry
+) -> torch.Tensor:
+    """A view into ``data``; its extent must be that of its shape and lie within the bytes."""
+    shape, (begin, end) = header["shape"], header["data_offsets"]
+    count = 1
+    for size in shape:
+        count *= size
+    if not 0 <= begin <= end <= len(data) - start or end - begin != count * dtype.itemsize:
+        raise damaged(entry.shard, f"'{entry.id}' has tensors outside its bytes")
+    return torch.frombuffer(data, dtype=dtype, offset=start + begin, count=count).reshape(shape)
+
+
+class _OpenShards:
+    """Descriptors of the shards read last; several threads may read at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, offset: int, size: int) -> bytearray:
+        """Up to ``size`` bytes from ``offset``; fewer where the file ends."""
+        descriptor, data, done = self._descriptor(name), bytearray(size), 0
+        while done < size:
+            got = os.preadv(descriptor.number, [memoryview(data)[done:]], offset + done)
+            if not got:
+                return data[:done]
+            done += got
+        return data
+
+    def _descriptor(self, name: str) -> _Descriptor:
+        with self._lock:
+            found = self._open.pop(name, None) or _Descriptor(self._folder / name)
+            self._open[name] = found
+            if len(self._open) > MOST_OPEN_SHARDS:
+                self._open.popitem(last=False)  # closed when the last thread that reads from it lets go
+            return found
+
+
+class _Descriptor:
+    def __init__(self, path: Path) -> None:
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise damaged(path, "missing") from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)

@@ -1,0 +1,343 @@
+"""Qwen2-VL that also hears: audio embeddings stand at ``<|audio_pad|>`` positions of the prompt.
+
+B: rows of the batch    T: positions    N: audios in the batch, in the order of their placeholders (one per row in
+training)    W: encoder windows, >= N    F: encoder frames    D: size of a frame    A: audio tokens, ceil(F / k)
+H: hidden size    V: rows of the embedding matrix    L: label positions
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from graft.model.config import FEATURE_DTYPE, AudioGraftConfig
+from graft.model.projector import build_projector
+
+IGNORE_INDEX = -100
+_AUDIO_INPUTS = ("input_features", "audio_features", "audio_feature_lengths")
+
+
+class AudioGraftModel(Qwen2VLModel):
+    """Vision tower, language model, projector and, if the config says so, the audio tower."""
+
+    config: AudioGraftConfig
+    input_modalities = ("image", "video", "audio", "text")
+
+    def __init__(self, config: AudioGraftConfig):
+        super().__init__(config)
+        self.audio_tower = WhisperEncoder._from_config(config.audio_config) if config.has_audio_tower else None
+        self.multi_modal_projector = build_projector(**config.projector_settings())
+        self.post_init()
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, audio_feature_lengths: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project mels (W, n_mels, 2F), a full window each.
+
+        ``audio_feature_lengths`` (N,) counts the encoder frames of each audio; None: every window is an audio of its
+        own, full. An audio longer than the window takes consecutive windows.
+
+        Returns:
+            ``last_hidden_state`` (N, F', D): frames, zeros after each length; ``pooler_output`` (sum of A, H).
+        """
+        frames, frame_lengths = self.encode(input_features, audio_feature_lengths)
+        audio_embeds = self.project(frames, frame_lengths)
+        num_tokens = -(-frame_lengths // self.config.stack_factor)
+        packed = audio_embeds[_valid(num_tokens, audio_embeds.shape[1])]
+        return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=packed)
+
+    def encode(
+        self, input_features: torch.Tensor, audio_feature_lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mels (W, n_mels, 2F) -> frames (N, F', D), lengths (N,). See :meth:`get_audio_features`.
+
+        Raises:
+            ValueError: without an audio tower, or if lengths and windows do not agree.
+        """
+        if self.audio_tower is None:
+            raise ValueError(
+                "the model was built without its audio tower and cannot take input_features: assemble it with "
+                "with_encoder=True, or give it audio_features"
+            )
+        with torch.no_grad(), torch.autocast(input_features.device.type, enabled=False):
+            mels = input_features.to(self.audio_tower.conv1.weight.dtype)
+            frames = self.audio_tower(mels).last_hidden_state.to(FEATURE_DTYPE)
+        if audio_feature_lengths is None:
+            audio_feature_lengths = torch.full((len(frames),), frames.shape[1])
+        return _join_windows(frames, audio_feature_lengths), audio_feature_lengths.to(frames.device)
+
+    def project(self, audio_features: torch.Tensor, audio_feature_lengths: torch.Tensor) -> torch.Tensor:
+        """(N, F, D) -> audio embeddings (N, A, H). What stands behind an audio's length does not count."""
+        weight = next(self.multi_modal_projector.parameters())
+        valid = _valid(audio_feature_lengths, audio_features.shape[1]).unsqueeze(-1)
+        frames = audio_features.to(weight.dtype).masked_fill(~valid, 0.0)
+        return self.multi_modal_projector(frames)
+
+    def merge_audio(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        audio_features: torch.Tensor,
+        audio_feature_lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``inputs_embeds`` (B, T, H) with the audio embeddings at their placeholders.
+
+        Raises:
+            ValueError: if the placeholders are not as many as the audio tokens.
+        """
+        if audio_feature_lengths is None:
+            audio_feature_lengths = torch.full((len(audio_features),), audio_features.shape[1])
+        audio_feature_lengths = audio_feature_lengths.to(input_ids.device)
+        audio_embeds = self.project(audio_features, audio_feature_lengths).to(inputs_embeds.dtype)
+        num_tokens = -(-audio_feature_lengths // self.config.stack_factor)
+        is_audio = input_ids == self.config.audio_token_id
+        _check_placeholders(is_audio, num_tokens)
+        return torch.where(is_audio.unsqueeze(-1), _place(audio_embeds, num_tokens, is_audio), inputs_embeds)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_feature_lengths: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Qwen2-VL's forward with audio: either ``input_features`` (mels) or ``audio_features`` (encoder frames).
+
+        Raises:
+            ValueError: if both are given, or audio without ``input_ids``.
+        """
+        if input_features is not None:
+            if audio_features is not None:
+                raise ValueError("give input_features (mels) or audio_features (encoder frames), not both")
+            audio_features, audio_feature_lengths = self.encode(input_features, audio_feature_lengths)
+        if audio_features is not None:
+            if input_ids is None:
+                raise ValueError("audio needs input_ids: they say where its placeholders are")
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_features, audio_feature_lengths)
+        if position_ids is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            self.rope_deltas = None  # an earlier generate() leaves its batch's offsets here: not ours
+        # input_ids go along with inputs_embeds: the parent finds images in them and computes M-RoPE positions from
+        # them. Audio counts as text there (mm_token_type_ids 0): all three positions are equal.
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Speech, images and text in, text out."""
+
+    config_class = AudioGraftConfig
+    config: AudioGraftConfig
+    input_modalities = ("image", "video", "audio", "text")
+    accepts_loss_kwargs = True  # Hugging Face's Trainer then passes num_items_in_batch
+
+    def __init__(self, config: AudioGraftConfig):
+        super(Qwen2VLForConditionalGeneration, self).__init__(config)  # not the parent's: it would build its own model
+        self.model = AudioGraftModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, audio_feature_lengths: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """See :meth:`AudioGraftModel.get_audio_features`."""
+        return self.model.get_audio_features(input_features, audio_feature_lengths, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_feature_lengths: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | CausalLMOutputWithPast:
+        """As the parent's, with audio, and with logits at label positions only.
+
+        Args:
+            audio_features: encoder frames (N, F, D); ``audio_feature_lengths`` (N,) counts the true ones.
+            input_features: mels (W, n_mels, 2F) instead, for the audio tower.
+            labels: (B, T), IGNORE_INDEX where nothing is to be learnt. Position t predicts label t + 1.
+            num_items_in_batch: the loss is the sum over label positions divided by this; None: by their number.
+
+        Returns:
+            Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32).
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            input_features=input_features,
+            audio_features=audio_features,
+            audio_feature_lengths=audio_feature_lengths,
+            **kwargs,
+        )
+        if labels is None:
+            return super().forward(use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
+        predicts = label_positions(labels)  # before the layers run: on a GPU this waits, and now nothing is under way
+        outputs = self.model(use_cache=bool(use_cache), **inputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)[predicts]
+        logits = self.lm_head(hidden)
+        loss = summed_cross_entropy(logits, labels.flatten()[predicts + 1])
+        count = len(predicts) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(
+            loss=loss / max(count, 1) if isinstance(count, int) else loss / count.to(loss.device).clamp(min=1),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The parent's; audio goes in with the prompt only, afterwards it is in the KV cache."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.update(dict.fromkeys(_AUDIO_INPUTS))
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """For beams and several samples per prompt: a row's audios are repeated together, as its placeholders are."""
+        audio = {name: model_kwargs.pop(name, None) for name in _AUDIO_INPUTS}
+        if expand_size > 1 and any(value is not None for value in audio.values()):
+            audio = self._expand_audio(expand_size, input_ids, **audio)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **{name: value for name, value in audio.items() if value is not None}}
+
+    def _expand_audio(
+        self,
+        expand_size: int,
+        input_ids: torch.Tensor,
+        input_features: torch.Tensor | None,
+        audio_features: torch.Tensor | None,
+        audio_feature_lengths: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        if input_features is not None:
+            audio_features, audio_feature_lengths = self.model.encode(input_features, audio_feature_lengths)
+        if audio_feature_lengths is None:
+            audio_feature_lengths = torch.full(audio_features.shape[:1], audio_features.shape[1])
+        num_tokens = -(-audio_feature_lengths // self.config.stack_factor)
+        per_row = (input_ids == self.config.audio_token_id).sum(1).cumsum(0).to(num_tokens.device)
+        row_of_audio = torch.searchsorted(per_row, num_tokens.cumsum(0) - num_tokens, right=True)
+        order = [
+            audio
+            for row in range(len(input_ids))
+            for _ in range(expand_size)
+            for audio in (row_of_audio == row).nonzero().flatten().tolist()
+        ]
+        return {"audio_features": audio_features[order], "audio_feature_lengths": audio_feature_lengths[order]}
+
+
+def label_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Indices (L,) into the flattened (B * T) positions whose *next* label is to be learnt."""
+    learnt = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # the last position of a row predicts nothing
+    return learnt.flatten().nonzero().flatten()
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over (L, V) logits and (L,) labels, in fp32 whatever the autocast."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _valid(counts: torch.Tensor, width: int) -> torch.Tensor:
+    """(N,) -> (N, width) bool: True for the first ``counts`` of each row."""
+    return torch.arange(width, device=counts.device) < counts.unsqueeze(1)
+
+
+def _join_windows(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Windows (W, F, D) -> audios (N, F', D), zeros after each length."""
+    size = frames.shape[1]
+    windows = [-(-length // size) for length in lengths.tolist()]
+    if sum(windows) != len(frames):
+        raise ValueError(
+            f"input_features hold {len(frames)} windows of {size} frames, but audio_feature_lengths "
+            f"{lengths.tolist()} need {sum(windows)}"
+        )
+    audios = [part.flatten(0, 1)[:length] for part, length in zip(frames.split(windows), lengths.tolist(), strict=True)]
+    return nn.utils.rnn.pad_sequence(audios, batch_first=True)
+
+
+def _check_placeholders(is_audio: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    if is_audio.is_meta:
+        return
+    placeholders, tokens = torch.stack([is_audio.sum(), num_tokens.sum()]).tolist()
+    if placeholders != tokens:
+        raise ValueError(
+            f"the prompts hold {placeholders} audio placeholders, the audio gives {tokens} tokens "
+            f"({num_tokens.tolist()} per audio): expand placeholders with graft.lengths.audio_tokens"
+        )
+
+
+def _place(audio_embeds: torch.Tensor, num_tokens: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
+    """(N, A, H) -> (B, T, H): the i-th placeholder gets the i-th audio token; other positions hold anything.
+
+    Index arithmetic instead of boolean selection, which would make a GPU wait for the host.
+    """
+    ends = num_tokens.cumsum(0)
+    rank = is_audio.flatten().cumsum(0) - 1  # the how-manieth placeholder
+    audio = torch.searchsorted(ends, rank, right=True).clamp(max=len(ends) - 1)
+    within = (rank - (ends - num_tokens)[audio]).clamp(0, audio_embeds.shape[1] - 1)
+    return audio_embeds[audio, within].view(*is_audio.shape, -1)
+
+
+def register() -> None:
+    """Make the Auto classes know the graft. Idempotent."""
+    AutoConfig.register(AudioGraftConfig.model_type, AudioGraftConfig, exist_ok=True)
+    for auto_class in (AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):
+        auto_class.register(AudioGraftConfig, AudioGraftForConditionalGeneration, exist_ok=True)
+
+
+register()

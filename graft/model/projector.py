@@ -1,0 +1,131 @@
+"""The trained bridge: k encoder frames are joined and become one embedding of the language model.
+
+B: utterances    F: encoder frames    D: size of a frame    k: stack_factor    A: audio tokens, ceil(F / k)
+H: hidden size of the language model
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from graft import lengths
+
+KINDS = ("linear", "mlp", "swiglu")
+_INPUT_MEAN_SQUARE = 1.0  # of a frame: what a Whisper encoder's last layer norm gives, to within a few times
+_GELU_MEAN_SQUARE = 0.4252  # of GELU(x) for x ~ N(0, 1), by numerical integration
+
+
+class StackFrames(nn.Module):
+    """(B, F, D) -> (B, ceil(F / k), k * D). Missing frames of the last group are zeros; none is dropped."""
+
+    def __init__(self, stack_factor: int):
+        super().__init__()
+        self.stack_factor = stack_factor
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        batch, num_frames, frame_size = frames.shape
+        num_tokens = lengths.audio_tokens(num_frames, self.stack_factor)
+        frames = F.pad(frames, (0, 0, 0, num_tokens * self.stack_factor - num_frames))
+        return frames.reshape(batch, num_tokens, self.stack_factor * frame_size)
+
+
+class LinearProjector(nn.Module):
+    """One linear map of the joined frames."""
+
+    def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
+        super().__init__()
+        self.stack = StackFrames(stack_factor)
+        self.linear = nn.Linear(stack_factor * frame_size, text_size)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, F, D) -> (B, A, H)."""
+        return self.linear(self.stack(frames))
+
+    @torch.no_grad()
+    def initialise(self, output_std: float, generator: torch.Generator) -> None:
+        """Random weights whose outputs spread like ``output_std``."""
+        _normal(self.linear, output_std / math.sqrt(_INPUT_MEAN_SQUARE), generator)
+
+
+class MlpProjector(nn.Module):
+    """Linear, GELU, linear: as SLAM-ASR (arXiv 2402.08846) and LLaVA 1.5 have it."""
+
+    def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
+        super().__init__()
+        self.stack = StackFrames(stack_factor)
+        self.linear_1 = nn.Linear(stack_factor * frame_size, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, text_size)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, F, D) -> (B, A, H)."""
+        return self.linear_2(self.act(self.linear_1(self.stack(frames))))
+
+    @torch.no_grad()
+    def initialise(self, output_std: float, generator: torch.Generator) -> None:
+        """Random weights: activations of about 1 inside, outputs that spread like ``output_std``."""
+        _normal(self.linear_1, 1 / math.sqrt(_INPUT_MEAN_SQUARE), generator)
+        _normal(self.linear_2, output_std / math.sqrt(_GELU_MEAN_SQUARE), generator)
+
+
+class SwigluProjector(nn.Module):
+    """RMSNorm, linear, SwiGLU, RMSNorm, linear: Ultravox's projector with its norm in the middle (its v0.5 and later).
+
+    https://github.com/fixie-ai/ultravox, ``ultravox/model/ultravox_model.py: UltravoxProjector``. As there,
+    ``hidden_size`` counts both halves that SwiGLU multiplies, and no layer has a bias.
+    """
+
+    def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
+        super().__init__()
+        if hidden_size % 2:
+            raise ValueError(f"projector.hidden_size is {hidden_size}: swiglu halves it, so it must be even")
+        self.stack = StackFrames(stack_factor)
+        self.norm_in = nn.RMSNorm(stack_factor * frame_size, eps=1e-6)
+        self.linear_1 = nn.Linear(stack_factor * frame_size, hidden_size, bias=False)
+        self.norm_mid = nn.RMSNorm(hidden_size // 2, eps=1e-6)
+        self.linear_2 = nn.Linear(hidden_size // 2, text_size, bias=False)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, F, D) -> (B, A, H)."""
+        value, gate = self.linear_1(self.norm_in(self.stack(frames))).chunk(2, dim=-1)
+        return self.linear_2(self.norm_mid(F.silu(gate) * value))
+
+    @torch.no_grad()
+    def initialise(self, output_std: float, generator: torch.Generator) -> None:
+        """Random weights: the norms are 1, so the last layer's inputs are 1 too."""
+        self.norm_in.weight.fill_(1.0)
+        self.norm_mid.weight.fill_(1.0)
+        _normal(self.linear_1, 1.0, generator)
+        _normal(self.linear_2, output_std, generator)
+
+
+_CLASSES = {"linear": LinearProjector, "mlp": MlpProjector, "swiglu": SwigluProjector}
+
+
+def build_projector(
+    kind: str, frame_size: int, stack_factor: int, hidden_size: int | None, text_size: int
+) -> LinearProjector | MlpProjector | SwigluProjector:
+    """A projector (B, F, ``frame_size``) -> (B, ceil(F / ``stack_factor``), ``text_size``).
+
+    ``hidden_size`` None means ``text_size``; ``linear`` has no hidden layer and ignores it.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind not in _CLASSES:
+        raise ValueError(f"projector.kind is '{kind}'; there are {', '.join(KINDS)}")
+    return _CLASSES[kind](stack_factor, frame_size, hidden_size or text_size, text_size)
+
+
+def _normal(linear: nn.Linear, gain: float, generator: torch.Generator) -> None:
+    """Weights so that inputs of mean square 1 give outputs of standard deviation ``gain``; the bias is zero."""
+    if linear.weight.is_meta:
+        return
+    values = torch.randn(linear.weight.shape, generator=generator)  # on the CPU: same weights on every device
+    linear.weight.copy_(values * (gain / math.sqrt(linear.in_features)))
+    if linear.bias is not None:
+        linear.bias.zero_()
