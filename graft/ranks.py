@@ -57,7 +57,7 @@ class Ranks:
         """``values`` added up over all ranks, in double precision."""
         if self.world_size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(list(values), dtype=torch.float64, device=_reduction_device())
+        total = torch.tensor(list(values), dtype=torch.float64)  # on the CPU: counts do not wait for a GPU
         dist.all_reduce(total)
         return total.tolist()
 
@@ -120,7 +120,3 @@ def _told(error: Exception | None) -> tuple[bool, str] | None:
 def _environment_int(*names: str, default: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
-
-def _reduction_device() -> torch.device:
-    backend = dist.get_backend()
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")

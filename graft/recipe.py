@@ -127,7 +127,9 @@ class Run(Settings):
     precision: Literal["bf16", "fp32"] = "bf16"  # of frozen weights and of the forward pass; trained weights are fp32
     ds_config: str | None = None  # None: ds_configs/zero2.json
     ranks: Positive | None = None  # refuse to start on any other number; None: any
-    log_every: Positive = 10
+    log_every: Positive = 10  # steps
+    log_utterances: bool = False  # the ids of every step, in utterances.jsonl
+    stop_after: Positive | None = None  # save and stop, to be continued, after this many steps of this start
     checkpoint_every: Positive = 500
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # besides the best
     gradient_checkpointing: bool = False

@@ -21,7 +21,7 @@ LongAudio = Literal["reject", "join", "truncate"]
 
 BLOCK = 1 << 20  # frames per read: memory follows what the file holds, not what its header claims
 TOO_LONG_S = 0.02  # a file this much longer than its manifest says is a rounded duration (one encoder frame)
-TOO_SHORT_S = 0.1  # ... and this much shorter still counts as whole; more is a damaged or exchanged file
+TOO_SHORT_S, TOO_SHORT_SHARE = 0.1, 0.01  # and this much shorter, in s or of the whole; beyond it is damaged
 
 
 class AudioError(ValueError):
@@ -37,8 +37,7 @@ def load_audio(path: Path, offset: float = 0.0, duration: float | None = None) -
     samples, rate = _read(path, offset, duration)
     if not len(samples):
         raise AudioError(f"{path}: holds no samples{f' after {offset:g} s' if offset else ''}")
-    if duration is not None and len(samples) / rate < duration - max(TOO_SHORT_S, 0.01 * duration):
-        raise AudioError(f"{path}: {len(samples) / rate:.3f} s of audio, its manifest line says {duration:g} s")
+    check_length(path, len(samples) / rate, duration)
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
     waveform = samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
@@ -57,6 +56,18 @@ def header_duration(path: Path) -> float:
         if file.frames <= 0:
             raise AudioError(f"{path}: holds no samples")
         return file.frames / file.samplerate
+
+
+def check_length(path: Path, found_s: float, expected_s: float | None) -> None:
+    """Refuse a file that holds less than its manifest line says: it is damaged, or another one.
+
+    Raises:
+        AudioError: names both lengths.
+    """
+    if found_s <= 0:
+        raise AudioError(f"{path}: holds no samples where its manifest line begins")
+    if expected_s is not None and found_s < expected_s - max(TOO_SHORT_S, TOO_SHORT_SHARE * expected_s):
+        raise AudioError(f"{path}: {found_s:.3f} s of audio, its manifest line says {expected_s:g} s")
 
 
 def windows(waveform: np.ndarray, window: Window, policy: LongAudio, who: str = "audio") -> list[np.ndarray]:

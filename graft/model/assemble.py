@@ -64,9 +64,7 @@ def assemble(
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """Qwen2-VL's tokenizer with the three audio tokens behind its own."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AUDIO_START, AUDIO_PAD, AUDIO_END]}, replace_additional_special_tokens=False
-    )
+    tokenizer.add_tokens([AUDIO_START, AUDIO_PAD, AUDIO_END], special_tokens=True)  # those it has keep their ids
     return tokenizer
 
 

@@ -1,7 +1,6 @@
 """Settings of the graft: those of Qwen2-VL, those of the Whisper encoder, and the bridge between them."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: @strict reads the annotations as types, and strings escape its check.
 from typing import Any
 
 import torch

@@ -23,6 +23,12 @@ from graft.model.config import FEATURE_DTYPE
 _KEY_MAPPING = {r"^model\.encoder\.": "", r"^encoder\.": ""}
 
 
+class EncoderOnly(WhisperEncoder):
+    """Whisper's encoder, loaded from a full Whisper without a report on the decoder it leaves out."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"proj_out\."]
+
+
 def load_audio_config(base: str) -> WhisperConfig:
     """The config of a Whisper folder or hub name.
 
@@ -60,7 +66,7 @@ def load_encoder(base: str, dtype: torch.dtype, device: str | torch.device = "cp
         ValueError: if ``base`` lacks any of its weights.
     """
     load_audio_config(base)
-    encoder, info = WhisperEncoder.from_pretrained(
+    encoder, info = EncoderOnly.from_pretrained(
         base, dtype=dtype, key_mapping=_KEY_MAPPING, output_loading_info=True
     )
     if info["missing_keys"]:

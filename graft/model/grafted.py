@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
     AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
     Qwen2VLForConditionalGeneration,
 )
 from transformers.cache_utils import Cache
@@ -148,6 +149,15 @@ class AudioGraftModel(Qwen2VLModel):
         )
 
 
+def known_to_auto_classes(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Class decorator: the Auto classes find the graft's config and model once this file is imported."""
+    AutoConfig.register(AudioGraftConfig.model_type, AudioGraftConfig, exist_ok=True)
+    for auto_class in (AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):
+        auto_class.register(AudioGraftConfig, model_class, exist_ok=True)
+    return model_class
+
+
+@known_to_auto_classes
 class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """Speech, images and text in, text out."""
 
@@ -331,13 +341,3 @@ def _place(audio_embeds: torch.Tensor, num_tokens: torch.Tensor, is_audio: torch
     audio = torch.searchsorted(ends, rank, right=True).clamp(max=len(ends) - 1)
     within = (rank - (ends - num_tokens)[audio]).clamp(0, audio_embeds.shape[1] - 1)
     return audio_embeds[audio, within].view(*is_audio.shape, -1)
-
-
-def register() -> None:
-    """Make the Auto classes know the graft. Idempotent."""
-    AutoConfig.register(AudioGraftConfig.model_type, AudioGraftConfig, exist_ok=True)
-    for auto_class in (AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):
-        auto_class.register(AudioGraftConfig, AudioGraftForConditionalGeneration, exist_ok=True)
-
-
-register()

@@ -50,6 +50,13 @@ CHAT_TEMPLATE = """\
 """
 
 
+def known_to_auto_processor(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """Class decorator: ``AutoProcessor`` finds the graft's once this file is imported."""
+    AutoProcessor.register(AudioGraftConfig, processor_class, exist_ok=True)
+    return processor_class
+
+
+@known_to_auto_processor
 class AudioGraftProcessor(ProcessorMixin):
     """Tokenizer, Whisper's mel extractor and, where the base has one, Qwen2-VL's image processor.
 
@@ -244,11 +251,3 @@ def _waveforms(audio: Any) -> list[np.ndarray]:
     if not audio:
         raise ValueError("no audio was given: at least one waveform is expected")
     return [np.asarray(waveform, dtype=np.float32) for waveform in audio]
-
-
-def register() -> None:
-    """Make ``AutoProcessor`` know the graft's. Idempotent."""
-    AutoProcessor.register(AudioGraftConfig, AudioGraftProcessor, exist_ok=True)
-
-
-register()

@@ -116,10 +116,14 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return {
-            f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
-            for name, parameter in self.trained.items()
-            for moment in MOMENTS
+            key: safe_get_full_optimizer_state(self.trained[name], moment).cpu()
+            for key in self.optimizer_state_keys()
+            for moment, _, name in [key.partition("/")]
         }
+
+    def optimizer_state_keys(self) -> list[str]:
+        """Names of :meth:`optimizer_state`."""
+        return [f"{moment}/{name}" for name in self.trained for moment in MOMENTS]
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], num_updates: int) -> None:
         """Set Adam's moments and update count; each rank takes its own partition, whatever their number."""
@@ -127,10 +131,10 @@ class Engine:
 
         for partition in self._optimizer.single_partition_of_fp32_groups:
             self._optimizer.optimizer.state[partition]["step"].fill_(num_updates)
-        for name, parameter in self.trained.items():
-            for moment in MOMENTS:
-                value = state[f"{moment}/{name}"].to(parameter.device, torch.float32)
-                safe_set_full_optimizer_state(parameter, value, moment)
+        for key in self.optimizer_state_keys():
+            moment, _, name = key.partition("/")
+            parameter = self.trained[name]
+            safe_set_full_optimizer_state(parameter, state[key].to(parameter.device, torch.float32), moment)
 
     def _create_moments(self) -> None:
         # AdamW makes its state at the first update. A resumed run needs it before; and ZeRO, left to itself, links
@@ -148,7 +152,7 @@ class Engine:
 
 
 def start_process_group(timeout_s: float) -> Ranks:
-    """Join the other ranks of a training run: NCCL between GPUs, gloo between CPUs.
+    """Join the other ranks of a training run: gradients by NCCL between GPUs, by gloo between CPUs.
 
     A collective that waits longer than ``timeout_s`` ends the run instead of hanging it.
     """
@@ -163,7 +167,7 @@ def start_process_group(timeout_s: float) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts go through the CPU's
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return ranks
 

@@ -1,0 +1,80 @@
+"""How far a long command has come: a bar on a terminal, a plain line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+LOG = logging.getLogger("graft.progress")
+EVERY_S = 5.0  # between two lines of a log
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Counts ``done`` of ``total`` in some unit and tells speed and time left; use as a context manager."""
+
+    def __init__(self, label: str, total: float, unit: str, *, quiet: bool = False) -> None:
+        """``quiet`` is for ranks that do not speak."""
+        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+        self.done, self._started, self._told = 0.0, time.monotonic(), 0.0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Meter:
+        self._started = time.monotonic()
+        self._told = self._started
+        if not self.quiet and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), transient=True
+            )
+            self._task = self._bar.add_task(self.label, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def set(self, done: float) -> None:
+        """Say how much is done by now."""
+        self.done = done
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=self.note())
+        elif not self.quiet and time.monotonic() - self._told >= EVERY_S:
+            self._told = time.monotonic()
+            LOG.info("%s: %s", self.label, self.note())
+
+    def advance(self, amount: float = 1) -> None:
+        """Say that ``amount`` more is done."""
+        self.set(self.done + amount)
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start."""
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+    def note(self) -> str:
+        """``done/total unit, speed, time left``."""
+        left = (self.total - self.done) / self.rate if self.rate else 0.0
+        told = f", {clock(left)} left" if 0 < self.done < self.total else ""
+        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {self.rate:,.1f}/s{told}"
+
+
+def track(items: Sequence[Item], label: str, unit: str = "utterances") -> Iterator[Item]:
+    """``items``, with a :class:`Meter` that counts them."""
+    with Meter(label, len(items), unit) as meter:
+        for item in items:
+            yield item
+            meter.advance()
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,134 @@
+"""What a training writes and where: one folder, both stages, finished files only.
+
+    recipe.yaml  ds_config.json  versions.json  run.json     what was run (run.json also tells whose folder this is)
+    metrics.jsonl  tensorboard/  utterances.jsonl            what happened
+    checkpoints/step-00000120/                               projector.safetensors  adapter/  optimizer.safetensors
+                                                             state.json  files.json
+    checkpoints/best.json                                    {"1": 120, "2": 480}: the best step of each stage
+    eval/<split>/summary.json  hypotheses.jsonl
+
+A checkpoint is written under a temporary name, synced and renamed; ``files.json`` holds the digest of every file, so
+that a folder of that name is whole or does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+STATE_FILE, FILES_FILE, BEST_FILE = "state.json", "files.json", "best.json"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` stands."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps that have a whole checkpoint, ascending."""
+    folder = run_dir / "checkpoints"
+    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match and (folder / match[0] / FILES_FILE).is_file())
+
+
+def best_steps(run_dir: Path) -> dict[int, int]:
+    """Best step of each stage, by word error rate."""
+    path = run_dir / "checkpoints" / BEST_FILE
+    return {int(stage): step for stage, step in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or a run's best of its last stage, or its newest.
+
+    Raises:
+        ValueError: if there is none; never a silent fresh start.
+    """
+    path = Path(path)
+    if (path / FILES_FILE).is_file():
+        return path
+    best, steps = best_steps(path), checkpoint_steps(path)
+    if best and best[max(best)] in steps:
+        return step_folder(path, best[max(best)])
+    if steps:
+        return step_folder(path, steps[-1])
+    looked = f"{path / FILES_FILE} and {path / 'checkpoints' / 'step-*' / FILES_FILE}"
+    what = "holds no whole checkpoint" if path.is_dir() else "does not exist"
+    raise ValueError(f"{path} {what}: looked for {looked}")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint stands in."""
+    return checkpoint.parents[1]
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Compare every file of a checkpoint with its digest.
+
+    Raises:
+        ValueError: if a file is missing or differs, with its name.
+    """
+    listed = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+    for name, expected in listed.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"checkpoint {checkpoint} has lost {name}: take an older one")
+        if digest(file) != expected:
+            raise ValueError(f"{file} is damaged: its sha256 is not the one in {FILES_FILE}; take an older checkpoint")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes ``folder``, digests added, when everything in it is on the disk."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(temporary)): digest(path) for path in files}
+        write_whole(temporary / FILES_FILE, json.dumps(digests, indent=2) + "\n")
+        for path in files:
+            _sync(path)
+        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""Where a recipe's features come from: the one place where data and model meet before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from graft.data.loader import FeatureSource, OnlineSource, ShardSource
+from graft.data.manifest import read_manifest
+from graft.data.shard_format import FeatureSet
+from graft.model.assemble import DTYPES
+from graft.model.encoder import SpeechEncoder
+from graft.ranks import Ranks
+from graft.recipe import Recipe
+
+
+class Sources:
+    """Opens the feature sources of a recipe for this rank.
+
+    With ``features: shards`` no rank keeps an encoder; rank 0 reads its weights once, to know their fingerprint. With
+    ``features: online`` each rank holds a frozen replica, outside the training engine.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device | str) -> None:
+        self.recipe, self.ranks, self.device = recipe, ranks, device
+        self._encoder: SpeechEncoder | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def encoder(self) -> SpeechEncoder:
+        """This rank's frozen replica, loaded when it is first needed."""
+        if self._encoder is None:
+            precision = DTYPES[self.recipe.run.precision]
+            self._encoder = SpeechEncoder(self.recipe.bases.whisper, precision, self.device)
+        return self._encoder
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the recipe's encoder. Every rank must ask at the same time: rank 0 tells the others."""
+        if self._fingerprint is None:
+            mine, error = "", None
+            if self.ranks.is_first:
+                try:
+                    mine = SpeechEncoder(self.recipe.bases.whisper).fingerprint  # bf16 on the CPU, let go at once
+                except ValueError as caught:
+                    error = caught
+            self.ranks.agree(error)
+            self._fingerprint = self.ranks.gather(mine)[0]
+        return self._fingerprint
+
+    def open(self, split: str) -> FeatureSource:
+        """The source of a split, from shards or online as the recipe says.
+
+        Raises:
+            ValueError: on every rank, if it cannot be used on any.
+        """
+        if self.recipe.data.features == "online":
+            return self.open_manifest(self.recipe.manifest(split))
+        expected = self.fingerprint
+        source, error = None, None
+        try:
+            source = ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected))
+        except ValueError as caught:
+            error = caught
+        self.ranks.agree(error)
+        return source
+
+    def open_manifest(self, path: Path) -> OnlineSource:
+        """The utterances of a manifest, encoded when they are needed."""
+        source, error = None, None
+        try:
+            source = OnlineSource(
+                read_manifest(path),
+                self.encoder.encode,
+                window=self.encoder.window,
+                long_audio=self.recipe.audio.long_audio,
+            )
+        except ValueError as caught:
+            error = caught
+        self.ranks.agree(error)
+        return source

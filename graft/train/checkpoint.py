@@ -1,0 +1,127 @@
+"""Saving and resuming a stage: trained tensors, Adam's moments, position. No pickle, no frozen weight, any world size.
+
+Adam's moments are gathered by parameter name, not by partition, so that a run goes on with another number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft.model.assemble import save_trained
+from graft.ranks import Ranks
+from graft.run_dir import (
+    BEST_FILE,
+    STATE_FILE,
+    best_steps,
+    checkpoint_steps,
+    read_state,
+    step_folder,
+    verify_checkpoint,
+    whole_folder,
+    write_whole,
+)
+from graft.train.engine import Engine
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass
+class Position:
+    """How far a run has come; enough to go on on any number of ranks.
+
+    step counts optimiser steps over both stages; first_step is where the stage began; num_updates leaves out the
+    steps that were skipped for gradients that are not finite.
+    """
+
+    stage: int
+    step: int
+    first_step: int
+    num_updates: int = 0
+    best_wer: float | None = None
+
+    @property
+    def stage_step(self) -> int:
+        """Steps done in this stage."""
+        return self.step - self.first_step
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; every rank calls, rank 0 writes."""
+
+    def __init__(self, run_dir: Path, ranks: Ranks, keep: int, about: dict[str, Any]) -> None:
+        """``about`` goes into every ``state.json``: what the checkpoint belongs to."""
+        self.run_dir, self.ranks, self.keep, self.about = run_dir, ranks, keep, about
+
+    def save(self, engine: Engine, position: Position) -> Path:
+        """Write the checkpoint of ``position``; the oldest ones go when it is there.
+
+        Raises:
+            RuntimeError: on every rank, when it could not be written; older checkpoints stay.
+        """
+        moments = engine.optimizer_state()  # a collective: before anything that can fail on one rank
+        folder = step_folder(self.run_dir, position.step)
+        error = None
+        if self.ranks.is_first:
+            try:
+                self._write(folder, engine, position, moments)
+            except OSError as caught:
+                error = caught
+        self.ranks.agree(error)
+        return folder
+
+    def mark_best(self, position: Position) -> None:
+        """Remember ``position`` as its stage's best."""
+        if self.ranks.is_first:
+            best = best_steps(self.run_dir) | {position.stage: position.step}
+            write_whole(self.run_dir / "checkpoints" / BEST_FILE, json.dumps(best) + "\n")
+
+    def _write(self, folder: Path, engine: Engine, position: Position, moments: dict[str, torch.Tensor]) -> None:
+        with whole_folder(folder) as temporary:
+            save_trained(temporary, engine.model)
+            save_file(moments, temporary / OPTIMIZER_FILE)
+            state = asdict(position) | self.about
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        self._prune()
+
+    def _prune(self) -> None:
+        kept = {*checkpoint_steps(self.run_dir)[-self.keep :], *best_steps(self.run_dir).values()}
+        for step in set(checkpoint_steps(self.run_dir)) - kept:
+            shutil.rmtree(step_folder(self.run_dir, step), ignore_errors=True)
+
+
+def newest(run_dir: Path, stage: int) -> Path | None:
+    """The newest whole checkpoint of ``stage``, if there is one."""
+    for step in reversed(checkpoint_steps(run_dir)):
+        folder = step_folder(run_dir, step)
+        if read_state(folder)["stage"] == stage:
+            verify_checkpoint(folder)
+            return folder
+    return None
+
+
+def position_of(checkpoint: Path) -> Position:
+    """Where a checkpoint stands."""
+    state = read_state(checkpoint)
+    return Position(**{name: state[name] for name in Position.__dataclass_fields__})
+
+
+def resume_optimizer(engine: Engine, checkpoint: Path, position: Position) -> None:
+    """Give the engine the optimiser state of a checkpoint whose trained tensors the model already holds.
+
+    Raises:
+        ValueError: if its tensors are not those that train now.
+    """
+    state = load_file(checkpoint / OPTIMIZER_FILE)
+    expected = {key: engine.trained[key.partition("/")[2]].shape for key in engine.optimizer_state_keys()}
+    found = {key: tensor.shape for key, tensor in state.items()}
+    if found != expected:
+        odd = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(f"{checkpoint / OPTIMIZER_FILE} does not fit what trains now: {len(odd)} tensors, {odd[:3]}")
+    engine.load_optimizer_state(state, position.num_updates)

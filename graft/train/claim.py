@@ -1,0 +1,133 @@
+"""Whose run directory is this? A run goes on where it stopped; another run is refused, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from graft.model.assemble import load_trained
+from graft.model.grafted import AudioGraftForConditionalGeneration
+from graft.model.lora import add_lora
+from graft.recipe import Recipe
+from graft.run_dir import best_steps, find_checkpoint, read_state, step_folder, verify_checkpoint, write_whole
+from graft.train.checkpoint import Position, newest, position_of
+
+RUN_FILE = "run.json"
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "jiwer", "tensorboard", "safetensors", "numpy")
+GRAFT_SECTIONS = ("bases", "audio", "projector", "prompt")  # what a stage-2 run shares with its stage 1
+
+
+def settings_that_matter(recipe: Recipe, stage: int) -> dict[str, Any]:
+    """What makes two starts of a stage the same run: the settings that change its numbers.
+
+    ``max_steps`` is left out, so that a finished run can be made longer.
+    """
+    tree = recipe.model_dump(mode="json")
+    kept = {section: tree[section] for section in GRAFT_SECTIONS}
+    kept["data"] = {name: tree["data"][name] for name in ("manifests", "train_split", "features", "shuffle_pool")}
+    kept["run"] = {name: tree["run"][name] for name in ("seed", "precision")}
+    kept[f"stage{stage}"] = {name: value for name, value in tree[f"stage{stage}"].items() if name != "max_steps"}
+    return kept | ({"lora": tree["lora"]} if stage == 2 else {})
+
+
+def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) -> None:
+    """Make ``run_dir`` this run's, and write down what is run. Called by rank 0 alone.
+
+    Raises:
+        ValueError: if the folder holds another run, with the settings that differ, or something else altogether.
+    """
+    claimed = _claimed(run_dir)
+    ours = settings_that_matter(recipe, stage)
+    theirs = claimed.get(str(stage)) or _shared(claimed.get("1", {}))
+    differing = list(_differing(theirs, ours))
+    if differing:
+        told = "\n".join(f"  {key}: {theirs_value!r} there, {ours_value!r} here" for key, theirs_value, ours_value in differing)
+        raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
+    write_whole(run_dir / RUN_FILE, json.dumps(claimed | {str(stage): ours}, indent=2) + "\n")
+    write_whole(run_dir / "recipe.yaml", recipe.as_yaml())
+    write_whole(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that change results."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def beginning(run_dir: Path, stage: int, start_from: Path | None) -> tuple[Position, Path | None]:
+    """Where a stage begins, and the checkpoint whose trained tensors it begins with.
+
+    A stage that has a checkpoint goes on from its newest. Else stage 1 is fresh, and stage 2 starts from ``start_from``
+    or from stage 1 of the same run.
+
+    Raises:
+        ValueError: for stage 2 without a stage 1, or with one that is not finished.
+    """
+    resumed = newest(run_dir, stage)
+    if resumed:
+        return position_of(resumed), resumed
+    if stage == 1:
+        return Position(stage=1, step=0, first_step=0), _checked(start_from)
+    if start_from:
+        return Position(stage=2, step=0, first_step=0), _checked(start_from)
+    last = newest(run_dir, 1)
+    if last is None:
+        raise ValueError(
+            f"stage 2 starts from a projector that stage 1 has trained, and {run_dir} holds none: "
+            "run --stage 1 first, or name one with --from RUN_DIR_OR_CHECKPOINT"
+        )
+    step = _finished_step(run_dir, last)
+    best = step_folder(run_dir, best_steps(run_dir).get(1, step))
+    return Position(stage=2, step=step, first_step=step), _checked(best)
+
+
+def dress(model: AudioGraftForConditionalGeneration, recipe: Recipe, stage: int, checkpoint: Path | None) -> None:
+    """Give the model the adapters of its stage and the trained tensors it begins with."""
+    if checkpoint:
+        load_trained(checkpoint, model)
+    if stage == 2 and (checkpoint is None or not (checkpoint / "adapter").is_dir()):
+        add_lora(model, recipe.lora)
+
+
+def _finished_step(run_dir: Path, checkpoint: Path) -> int:
+    position, max_steps = position_of(checkpoint), read_state(checkpoint)["max_steps"]
+    if position.stage_step < max_steps:
+        raise ValueError(
+            f"stage 1 of {run_dir} stands at step {position.stage_step} of {max_steps}: finish it with --stage 1, or "
+            f"start from it as it is with --from {checkpoint}"
+        )
+    return position.step
+
+
+def _checked(start_from: Path | None) -> Path | None:
+    if start_from is None:
+        return None
+    checkpoint = find_checkpoint(start_from)
+    verify_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _claimed(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / RUN_FILE
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    foreign = [name for name in ("checkpoints", "metrics.jsonl", "tensorboard") if (run_dir / name).exists()]
+    if foreign:
+        raise ValueError(f"{run_dir} holds {', '.join(foreign)} of something that is not a run of ours (no {RUN_FILE})")
+    return {}
+
+
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    return {section: settings[section] for section in GRAFT_SECTIONS if section in settings}
+
+
+def _differing(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in theirs:
+            yield from _differing(theirs[name], ours.get(name), f"{key}.{name}" if key else name)
+    elif theirs != ours:
+        yield key, theirs, ours

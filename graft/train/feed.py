@@ -1,0 +1,72 @@
+"""From a step's number to this rank's micro-batches of it, read ahead in the background."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graft.data.collate import Batch, collate_training
+from graft.data.loader import FeatureSource, Prefetcher, read_samples
+from graft.data.plan import Plan, rank_share
+from graft.data.prompt import PromptTemplate
+from graft.ranks import Ranks
+from graft.recipe import Data, Stage
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one rank feeds into one optimiser step; ``ids`` are the whole step's, over all ranks."""
+
+    epoch: int
+    ids: tuple[str, ...]
+    micro_batches: tuple[Batch, ...]
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Label positions of this rank's share."""
+        return sum(batch.num_label_tokens for batch in self.micro_batches)
+
+    @property
+    def digest(self) -> str:
+        """Eight characters that change when the step's utterances do, whatever their order."""
+        return hashlib.blake2b("\n".join(sorted(self.ids)).encode(), digest_size=4).hexdigest()
+
+
+class Feed:
+    """The steps of a stage for one rank: ``steps(n)`` begins at step n, at once."""
+
+    def __init__(
+        self, source: FeatureSource, template: PromptTemplate, stage: Stage, data: Data, ranks: Ranks, seed: int
+    ) -> None:
+        """Raises ValueError when an utterance alone exceeds ``micro_batch_tokens``, or there is none."""
+        self.source, self.template, self.stage, self.ranks = source, template, stage, ranks
+        self.depth = data.prefetch
+        self.costs = template.costs(source.entries)
+        self.plan = Plan(
+            self.costs,
+            seed=seed,
+            global_batch_size=stage.global_batch_size,
+            shuffle_pool=data.shuffle_pool,
+            micro_batch_tokens=stage.micro_batch_tokens,
+            names=[entry.id for entry in source.entries],
+        )
+
+    def read(self, step: int) -> StepInput:
+        """This rank's input of ``step``."""
+        epoch, indices = self.plan.step(step)
+        share = rank_share(indices, self.costs, self.ranks, self.stage.micro_batch_tokens)
+        batches = tuple(collate_training(read_samples(self.source, group), self.template) for group in share)
+        if self.pins_memory:
+            batches = tuple(batch.pin_memory() for batch in batches)
+        return StepInput(epoch, tuple(self.source.entries[i].id for i in indices), batches)
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches go to a GPU."""
+        return self.ranks.device().type == "cuda"
+
+    def steps(self, first: int, last: int) -> Iterator[StepInput]:
+        """Steps ``first`` .. ``last - 1``; close the iterator to stop reading ahead."""
+        with Prefetcher(self.read, range(first, last), depth=self.depth) as ready:
+            yield from ready

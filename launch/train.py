@@ -1,0 +1,175 @@
+"""Train one stage of a recipe: stage 1 the projector, stage 2 the projector and LoRA.
+
+    deepspeed launch/train.py recipes/tiny.yaml --stage 1
+    deepspeed --num_gpus 8 launch/train.py recipes/whisper-turbo_qwen2-vl-7b.yaml --stage 2 run.dir=runs/7b
+    deepspeed --hostfile hosts launch/train.py my.yaml --stage 1 stage1.learning_rate=5e-4
+
+Run the same command again and it goes on where it stopped, on any number of ranks. Exit code 75: stopped on request,
+checkpoint saved.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "graft").is_dir():
+    sys.path[0] = str(ROOT)  # a clone: the launcher puts this folder first, where evaluate.py would hide a package
+
+from graft import command  # noqa: E402
+from graft.data.prompt import PromptTemplate  # noqa: E402
+from graft.evaluation.evaluate import evaluate  # noqa: E402
+from graft.model.assemble import Assembled, assemble  # noqa: E402
+from graft.model.trainable import describe, select_trainable  # noqa: E402
+from graft.ranks import Ranks, stop  # noqa: E402
+from graft.recipe import Recipe, load_recipe  # noqa: E402
+from graft.sources import Sources  # noqa: E402
+from graft.tracker import tracker_for  # noqa: E402
+from graft.train.checkpoint import Checkpoints, Position, resume_optimizer  # noqa: E402
+from graft.train.claim import beginning, claim, dress, settings_that_matter, versions  # noqa: E402
+from graft.train.engine import Engine, resolve_ds_config, start_process_group  # noqa: E402
+from graft.train.feed import Feed  # noqa: E402
+from graft.train.loop import Evaluate, Loop  # noqa: E402
+from graft.train.meter import StepMeter, flops_per_token  # noqa: E402
+
+LOG = logging.getLogger("graft.train")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train one stage; returns the exit code."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    ranks = start_process_group(recipe.run.timeout_s)
+    try:
+        return train(recipe, arguments.stage, arguments.start_from, ranks)
+    finally:
+        stop()
+
+
+def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) -> int:
+    """From a recipe to a trained stage."""
+    run_dir, stage = Path(recipe.run.dir), recipe.stage(number)
+    ds_config = resolve_ds_config(recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json", stage)
+    position, checkpoint, resumed = begin(recipe, number, start_from, ds_config, ranks)
+    graft, rates = build(recipe, number, checkpoint, ranks)
+    sources = Sources(recipe, ranks, ranks.device())
+    template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
+    feed = Feed(sources.open(recipe.data.train_split), template, stage, recipe.data, ranks, recipe.run.seed + number)
+    about = {
+        "max_steps": stage.max_steps,
+        "settings": settings_that_matter(recipe, number),
+        "encoder_fingerprint": sources.fingerprint,
+        "versions": versions(),
+    }
+    check_alike(about | {"trained": sorted(rates), "utterances": len(feed.costs)}, ranks)
+    engine = Engine(graft.model, rates, stage, ds_config, ranks)
+    if resumed:
+        resume_optimizer(engine, checkpoint, position)
+    tracker = tracker_for(ranks, run_dir, resume_step=position.step + 1 if position.step else None)
+    loop = Loop(
+        engine,
+        feed,
+        Checkpoints(run_dir, ranks, recipe.run.keep_checkpoints, about),
+        evaluation(recipe, graft, sources, template, ranks),
+        tracker,
+        recipe,
+        stage,
+        ranks,
+        StepMeter(ranks, engine.device, flops_per_token(graft.model)),
+    )
+    complete = loop.run(position)
+    tracker.close()
+    return command.DONE if complete else command.STOPPED
+
+
+def begin(
+    recipe: Recipe, number: int, start_from: Path | None, ds_config: dict, ranks: Ranks
+) -> tuple[Position, Path | None, bool]:
+    """Claim the run directory; the position, the checkpoint to begin with, and whether this goes on from it."""
+    run_dir, error, found = Path(recipe.run.dir), None, None
+    if recipe.run.ranks not in (None, ranks.world_size):
+        raise ValueError(
+            f"the recipe asks for {recipe.run.ranks} ranks (run.ranks) and {ranks.world_size} were started: "
+            "a hostfile that is not found makes deepspeed start on this machine alone"
+        )
+    try:
+        if ranks.is_first:
+            claim(run_dir, recipe, number, ds_config)
+        found = beginning(run_dir, number, start_from)
+    except (ValueError, OSError) as caught:
+        error = ValueError(str(caught))
+    ranks.agree(error)
+    position, checkpoint = found
+    resumed = checkpoint is not None and position.stage_step > 0
+    LOG.info(
+        "stage %d, %s, %d rank%s",
+        number,
+        f"resumed at step {position.step} from {checkpoint}" if resumed else _start(checkpoint),
+        ranks.world_size,
+        "" if ranks.world_size == 1 else "s",
+    )
+    return position, checkpoint, resumed
+
+
+def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) -> tuple[Assembled, dict[str, float]]:
+    """The model with the tensors it begins with, and the peak learning rate of everything that trains."""
+    error, graft = None, None
+    try:
+        graft = assemble(recipe, device=ranks.device())
+        dress(graft.model, recipe, number, checkpoint)
+    except (ValueError, OSError) as caught:
+        error = ValueError(str(caught))
+    ranks.agree(error)
+    stage, trained = recipe.stage(number), select_trainable(graft.model, number)
+    if recipe.run.gradient_checkpointing:
+        graft.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    LOG.info("%s", describe(graft.model))
+    return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
+
+
+def check_alike(what: dict, ranks: Ranks) -> None:
+    """Refuse to train when ranks differ in settings, versions, data or trained names: nodes drift apart."""
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    differing = ranks.differing(digest)
+    if differing:
+        raise ValueError(
+            f"ranks {differing} have other settings, package versions or data than rank 0: make the nodes alike "
+            "(same code, same environment, same shards)"
+        )
+
+
+def evaluation(
+    recipe: Recipe, graft: Assembled, sources: Sources, template: PromptTemplate, ranks: Ranks
+) -> Evaluate:
+    """What the loop calls to know how well the model transcribes."""
+    source = sources.open(recipe.evaluation.split)
+
+    def run(step: int) -> dict[str, float]:
+        return evaluate(
+            graft.model,
+            source,
+            template,
+            ranks,
+            settings=recipe.evaluation,
+            device=ranks.device(),
+            precision=recipe.run.precision,
+            max_utterances=recipe.evaluation.max_utterances,
+            swapped=True,
+        ).tags()
+
+    return run
+
+
+def _start(checkpoint: Path | None) -> str:
+    return f"starting from the projector of {checkpoint}" if checkpoint else "starting fresh"
+
+
+if __name__ == "__main__":
+    parser = command.parser(__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN_DIR_OR_CHECKPOINT")
+    command.run(main, parser)

@@ -1,0 +1,334 @@
+"""Encode every utterance of a recipe's manifests once, with the frozen encoder, into shards of features.
+
+    deepspeed shards/precompute.py recipes/tiny.yaml
+    deepspeed --hostfile hosts shards/precompute.py recipes/digits.yaml data.shards=/fast/digits
+    python shards/precompute.py recipes/tiny.yaml --splits valid test
+
+The set of a split is ``<data.shards>/<split>/``. Which utterances make a shard follows from the manifest alone and
+the ranks share the shards, so any number of ranks on any number of nodes (one file system) makes the same bytes.
+Killed and started again, it goes on where it was: shards that are whole are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "graft").is_dir():
+    sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
+
+import numpy as np
+import torch
+
+from graft import command, lengths
+from graft import ranks as processes
+from graft.data.audio import AudioError, load_audio, windows
+from graft.data.loader import Prefetcher
+from graft.data.manifest import Manifest, Utterance, read_manifest
+from graft.data.progress import Meter, clock
+from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size
+from graft.data.shard_writer import (
+    Part,
+    PlannedShard,
+    SetDescription,
+    ShardWriter,
+    check_existing,
+    finished_part,
+    merge_parts,
+    part_path,
+    plan_shards,
+)
+from graft.lengths import WindowExceeded
+from graft.model.encoder import SpeechEncoder
+from graft.ranks import Ranks
+from graft.recipe import Recipe, load_recipe
+
+LOG = logging.getLogger("graft.precompute")
+
+PATIENCE_S = 7 * 24 * 3600.0  # a rank that is done waits this long for the slowest; a dead one is noticed at once
+HEARTBEAT_S = 2.0  # between two looks at the other ranks
+FILE_SYSTEM_S = 60.0  # within this, what one node has written is seen by another
+DECODERS = 2  # threads that read and resample ahead of the encoder
+OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar headers, JSON, padding
+SHOWN_REASONS = 3
+
+Result = TypeVar("Result")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Every split in turn, by all ranks together."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    ranks = processes.start(timeout_s=PATIENCE_S)
+    try:
+        encoder = together(ranks, lambda: load_encoder(recipe, ranks))
+        for split in arguments.splits or recipe.data.manifests:
+            precompute(recipe, split, encoder, ranks)
+    finally:
+        processes.stop()
+
+
+def precompute(recipe: Recipe, split: str, encoder: SpeechEncoder, ranks: Ranks) -> None:
+    """Make, finish or confirm the set of one split.
+
+    Raises:
+        ValueError: on every rank, when any rank finds the manifest, the folder or too many utterances unusable.
+    """
+    job = together(ranks, lambda: Job.prepare(recipe, split, encoder))
+    with locked(job.folder, ranks):
+        todo = ranks.gather(together(ranks, lambda: job.unfinished() if ranks.is_first else []))[0]
+        if not todo and ranks.gather(ranks.is_first and job.is_merged())[0]:
+            LOG.info("%s: complete, nothing to do", job.folder)
+            return
+        together(ranks, lambda: job.begin(todo) if ranks.is_first else job.wait_for_folder())
+        together(ranks, lambda: Worker(job, encoder, ranks, todo).run())
+        together(ranks, lambda: job.merge() if ranks.is_first else None)
+
+
+def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """The result of ``work``; if it fails on any rank it fails on all, so that none waits for one that is gone."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the others must hear of it
+        error = caught
+    ranks.agree(error)
+    return result
+
+
+def load_encoder(recipe: Recipe, ranks: Ranks) -> SpeechEncoder:
+    """The recipe's encoder on this rank's device; ranks of one machine share its cores."""
+    hosts = ranks.gather(socket.gethostname())
+    neighbours = hosts.count(hosts[ranks.rank])
+    if neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
+    dtype = torch.float32 if recipe.run.precision == "fp32" else torch.bfloat16
+    return SpeechEncoder(recipe.bases.whisper, dtype, ranks.device())
+
+
+@contextmanager
+def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep a second precomputation out of ``folder``; the lock goes with the process that holds it, killed or not."""
+
+    def lock() -> int | None:
+        if not ranks.is_first:
+            return None
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / PARTS / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(f"another precomputation is writing {folder}; wait for it or stop it") from None
+        return descriptor
+
+    descriptor = together(ranks, lock)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One split: what is to be encoded, into which folder, with which settings."""
+
+    folder: Path
+    manifest: Manifest
+    description: SetDescription
+    shards: list[PlannedShard]
+    max_rejects: float
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, split: str, encoder: SpeechEncoder) -> Job:
+        """Read the manifest and plan the shards; sound files are looked at when their turn comes."""
+        manifest = read_manifest(recipe.manifest(split), check_files=False)
+        description = SetDescription(
+            name=split,
+            manifest_sha256=manifest.sha256,
+            samples_per_shard=recipe.data.samples_per_shard,
+            long_audio=recipe.audio.long_audio,
+            dtype=recipe.audio.feature_dtype,
+            fingerprint=encoder.fingerprint,
+            source=recipe.bases.whisper,
+            precision=recipe.run.precision,
+            mel=encoder.mel_settings,
+            window_frames=encoder.window.num_frames,
+            frame_size=encoder.frame_size,
+            encode_batch_size=recipe.audio.encode_batch_size,
+        )
+        shards = plan_shards(manifest, recipe.data.samples_per_shard)
+        return cls(recipe.set_folder(split), manifest, description, shards, recipe.audio.max_rejects)
+
+    def unfinished(self) -> list[int]:
+        """Numbers of the shards that are still to be made.
+
+        Raises:
+            ValueError: the folder holds a set made by another encoder, manifest or settings.
+        """
+        check_existing(self.folder, self.description)
+        return [s.number for s in self.shards if not finished_part(self.folder, self.description, s.number)]
+
+    def is_merged(self) -> bool:
+        """Whether the set as a whole can be opened."""
+        try:
+            FeatureSet.open(self.folder, self.description.fingerprint)
+        except ValueError:
+            return False
+        return True
+
+    def begin(self, todo: Sequence[int]) -> None:
+        """Tell what will be made and how large it gets; clear what an earlier start has left.
+
+        Raises:
+            ValueError: the disk is too small.
+        """
+        (self.folder / INDEX).unlink(missing_ok=True)
+        for stale in (self.folder / PARTS).glob(".rank-*"):
+            stale.unlink()
+        failure_file(self.folder).unlink(missing_ok=True)
+        size = self.forecast(todo)
+        LOG.info(
+            "%s: %d utterances%s in %d shards, %d of them to be made: %s",
+            self.description.name,
+            len(self.manifest.utterances),
+            self._audio_length(),
+            len(self.shards),
+            len(todo),
+            "size unknown, the manifest lacks durations" if size is None else f"about {readable(size)}",
+        )
+        free = shutil.disk_usage(self.folder).free
+        if size is not None and size > free:
+            raise ValueError(
+                f"{self.folder} needs {readable(size)}, its disk has {readable(free)} free. Give data.shards a larger "
+                "one, or audio.feature_dtype=int8 for half the size"
+            )
+
+    def wait_for_folder(self) -> None:
+        """See that this rank and rank 0 write to one file system."""
+        patience = time.monotonic() + FILE_SYSTEM_S
+        while not (self.folder / PARTS).is_dir():
+            if time.monotonic() > patience:
+                raise ValueError(
+                    f"{socket.gethostname()} does not see {self.folder}, which rank 0 has made: data.shards must be "
+                    "on a file system that all nodes share"
+                )
+            time.sleep(0.2)
+
+    def forecast(self, numbers: Sequence[int]) -> int | None:
+        """Bytes of these shards, from the manifest's durations; None where it has none."""
+        total = 0
+        for utterance in (u for number in numbers for u in self.shards[number].utterances):
+            if utterance.duration is None:
+                return None
+            frames = lengths.encoder_frames(lengths.num_samples(utterance.duration))
+            if self.description.long_audio != "join":
+                frames = min(frames, self.description.window_frames)
+            total += sample_size(frames, self.description.frame_size, self.description.dtype) + OVERHEAD
+        return total
+
+    def merge(self) -> None:
+        """Put the parts together; the index, written last, makes them a set.
+
+        Raises:
+            ValueError: more utterances were rejected than ``audio.max_rejects`` allows, or all were.
+        """
+        parts = [finished_part(self.folder, self.description, shard.number) for shard in self.shards]
+        whole = [part for part in parts if part]
+        assert len(whole) == len(parts), f"{len(parts) - len(whole)} shards of {self.folder} are not finished"
+        reasons = [r.reason for r in self.manifest.rejects] + [r["reason"] for p in whole for r in p.rejects]
+        self.check_rejects(reasons, whole)
+        merge_parts(self.folder, self.description, whole, self.manifest.rejects)
+        for file in (self.folder / PARTS).glob(".rank-*"):
+            file.unlink()
+        self._report(whole, reasons)
+
+    def check_rejects(self, reasons: Sequence[str], parts: Sequence[Part] = ()) -> None:
+        """Refuse more rejects than allowed; shards that hold some will be made again by the next start."""
+        total = len(self.manifest.utterances) + len(self.manifest.rejects)
+        if len(reasons) <= self.max_rejects * total and len(reasons) < total:
+            return
+        for part in parts:
+            if part.rejects:
+                part_path(self.folder, part.file).unlink()
+        raise ValueError(
+            f"{self.manifest.path}: {len(reasons)} of {total} utterances cannot be used, audio.max_rejects allows "
+            f"{self.max_rejects:.0%}: {common(reasons)}. Mend them and start again, or raise audio.max_rejects"
+        )
+
+    def _report(self, parts: Sequence[Part], reasons: Sequence[str]) -> None:
+        size, samples = sum(part.size for part in parts), sum(len(part.samples) for part in parts)
+        audio = sum(part.audio_seconds for part in parts)
+        LOG.info("%s: %d samples, %s of audio, %s", self.folder, samples, clock(audio), readable(size))
+        for words, count in (
+            ("longer than the window, windows joined", sum(part.num_joined for part in parts)),
+            ("longer than the window, truncated", sum(part.num_truncated for part in parts)),
+        ):
+            if count:
+                LOG.info("  %d %s", count, words)
+        if reasons:
+            LOG.info("  %d rejected (%s): %s", len(reasons), self.folder / REJECTS, common(reasons))
+
+    def _audio_length(self) -> str:
+        durations = [utterance.duration for utterance in self.manifest.utterances]
+        return "" if None in durations else f", {clock(sum(durations))} of audio,"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An utterance ready for the encoder: windows (S_i,) of its waveform, or why there are none."""
+
+    line: int
+    utterance: Utterance
+    pieces: Sequence[np.ndarray] = ()
+    num_samples: int = 0
+    reason: str = ""
+
+
+class Worker:
+    """One rank's part of a job."""
+
+    def __init__(self, job: Job, encoder: SpeechEncoder, ranks: Ranks, todo: Sequence[int]) -> None:
+        self.job, self.encoder, self.ranks = job, encoder, ranks
+        self.mine = [job.shards[number] for number in todo[ranks.rank :: ranks.world_size]]
+        self.total = sum(len(job.shards[number].utterances) for number in todo)
+        self.done, self.audio_s = 0, 0.0
+        self.reasons: list[str] = []
+        self._looked, self._started = 0.0, time.monotonic()
+
+    def run(self) -> None:
+        """Make this rank's shards; stop early when another rank has failed."""
+        try:
+            with Meter(self.job.description.name, self.total, "utterances", quiet=not self.ranks.is_first) as meter:
+                self._make_shards(meter)
+                while self.ranks.is_first and not self._all_done(meter):
+                    time.sleep(HEARTBEAT_S / 4)
+        except Exception:
+            failure_file(self.job.folder).touch()
+            raise
+
+    def _make_shards(self, meter: Meter) -> None:
+        items = ((shard, *pair) for shard in self.mine for pair in zip(shard.lines, shard.utterances, strict=True))
+        size = self.job.description.encode_batch_size
+        with Prefetcher(self._decode, items, depth=2 * size, threads=DECODERS) as decoded:
+            for shard, group in itertools.groupby(decoded, key=lambda pair: pair[0].number):
+                with ShardWriter(self.job.folder, self.job.description, shard) as writer:
+                    while batch := [item for _, item in itertools.islice(group, size)]:
+                        self._encode(batch, writer)
+                        if self._heartbeat(meter):
+                            raise _Stopped

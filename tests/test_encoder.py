@@ -1,0 +1,146 @@
+"""The frozen encoder: real weights or an error, exactly its window, the same frames alone and in a batch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_bases as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from graft.lengths import Window, WindowExceeded
+from graft.model.encoder import SpeechEncoder, load_encoder, mel_settings
+
+FP32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.whisper_folder(tmp_path_factory.mktemp("whisper"))
+
+
+@pytest.fixture(scope="module")
+def encoder(base: Path) -> SpeechEncoder:
+    return SpeechEncoder(str(base), FP32)
+
+
+def noise(num_samples: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(num_samples) * 0.1).astype(np.float32)
+
+
+def renamed(base: Path, folder: Path, pattern: str, replacement: str) -> Path:
+    """A copy of ``base`` whose weights carry other names."""
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = {re.sub(pattern, replacement, name): t for name, t in load_file(base / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["model.encoder.", "encoder.", ""])
+def test_weights_are_those_of_the_file(base: Path, tmp_path: Path, prefix: str) -> None:
+    """A full Whisper, a WhisperModel and an encoder alone: all are found, bit for bit."""
+    folder = renamed(base, tmp_path / "base", r"^model\.encoder\.", prefix)
+    stored = load_file(base / "model.safetensors")
+    loaded = load_encoder(str(folder), FP32).state_dict()
+    assert len(loaded) > 30
+    for name, weight in loaded.items():
+        assert torch.equal(weight, stored[f"model.encoder.{name}"]), name
+
+
+def test_missing_weights_are_an_error_that_names_them(base: Path, tmp_path: Path) -> None:
+    folder = renamed(base, tmp_path / "base", r"layers\.1\.fc1\.weight", "layers.1.fc9.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the encoder: layers\.1\.fc1\.weight"):
+        load_encoder(str(folder), FP32)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    folder = tiny.qwen2_vl_folder(tmp_path / "qwen")
+    with pytest.raises(ValueError, match="holds a 'qwen2_vl', a 'whisper' was expected"):
+        load_encoder(str(folder), FP32)
+
+
+def test_mel_bins_must_fit(base: Path, tmp_path: Path) -> None:
+    folder = renamed(base, tmp_path / "base", "^", "")
+    WhisperFeatureExtractor(feature_size=17, chunk_length=1).save_pretrained(folder)
+    with pytest.raises(ValueError, match="mel feature_size is 17, expected 16"):
+        SpeechEncoder(str(folder), FP32)
+
+
+def test_frames_are_those_of_stock_whisper(base: Path, encoder: SpeechEncoder) -> None:
+    waveform = noise(7_777)
+    stock = WhisperForConditionalGeneration.from_pretrained(base, dtype=FP32).eval()
+    mel = WhisperFeatureExtractor.from_pretrained(base)(waveform, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        expected = stock.model.encoder(mel["input_features"]).last_hidden_state[0]
+    (frames,) = encoder.encode([waveform])
+    assert frames.shape == (25, 24) and frames.dtype == torch.bfloat16 and frames.device.type == "cpu"
+    assert torch.equal(frames, expected[:25].bfloat16())
+
+
+@pytest.mark.parametrize(("num_samples", "num_frames"), [(1, 1), (320, 1), (321, 2), (15_999, 50), (16_000, 50)])
+def test_frames_reach_to_the_true_length(encoder: SpeechEncoder, num_samples: int, num_frames: int) -> None:
+    assert encoder.encode([noise(num_samples)])[0].shape == (num_frames, encoder.frame_size)
+
+
+def test_frames_are_the_same_alone_and_in_a_batch(encoder: SpeechEncoder) -> None:
+    waveforms = [noise(n, seed) for seed, n in enumerate([16_000, 333, 9_001, 4_801, 12_345])]
+    together = encoder.encode(waveforms)
+    for waveform, frames in zip(waveforms, together, strict=True):
+        assert torch.equal(encoder.encode([waveform])[0], frames)
+
+
+def test_the_seed_cut_long_audio_in_silence_and_we_do_not(base: Path, encoder: SpeechEncoder) -> None:
+    """Row 6. The seed gave any waveform to the extractor, which cuts at the window and says nothing."""
+    long, kept = noise(19_999), noise(19_999)[:16_000]
+    extractor = WhisperFeatureExtractor.from_pretrained(base)
+    cut, whole = (extractor(w, sampling_rate=16_000, return_tensors="np")["input_features"] for w in (long, kept))
+    assert np.array_equal(cut, whole), "the extractor no longer cuts: this experiment has lost its meaning"
+    with pytest.raises(WindowExceeded, match=r"19999 samples \(1\.25 s\).*16000 \(1\.00 s, 50 frames\)"):
+        encoder.encode([noise(100), long])
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(0, np.float32), np.zeros((2, 500), np.float32)])
+def test_what_is_not_a_waveform_is_refused(encoder: SpeechEncoder, waveform: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="waveform 1 of 2 has shape"):
+        encoder.encode([noise(100), waveform])
+
+
+def test_the_window_comes_from_the_config(tmp_path: Path) -> None:
+    folder = tiny.whisper_folder(tmp_path / "wide", max_source_positions=150)
+    encoder = SpeechEncoder(str(folder), FP32)
+    assert encoder.window == Window(150) and encoder.window.seconds == 3
+    assert encoder.encode([noise(40_000)])[0].shape == (125, 24)
+
+
+def test_it_is_frozen(encoder: SpeechEncoder) -> None:
+    assert not encoder.model.training
+    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+    assert not encoder.encode([noise(500)])[0].requires_grad
+
+
+def test_fingerprint_is_of_the_encoder_not_of_the_precision(tmp_path: Path) -> None:
+    folder = str(tiny.whisper_folder(tmp_path / "bf16", dtype=torch.bfloat16))
+    fp32, bf16 = SpeechEncoder(folder, FP32), SpeechEncoder(folder, torch.bfloat16)
+    assert fp32.fingerprint == bf16.fingerprint and re.fullmatch("[0-9a-f]{64}", fp32.fingerprint)
+
+
+def test_fingerprint_changes_with_one_bit_or_the_mel(base: Path, encoder: SpeechEncoder, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    folder = renamed(base, tmp_path / "base", "^", "")
+    name = "model.encoder.layers.1.fc2.bias"
+    bits = weights[name].bfloat16().view(torch.int16)
+    bits[3] ^= 1
+    save_file({**weights, name: bits.view(torch.bfloat16).float()}, folder / "model.safetensors", {"format": "pt"})
+    assert SpeechEncoder(str(folder), FP32).fingerprint != encoder.fingerprint
+
+    folder = renamed(base, tmp_path / "other_mel", "^", "")
+    WhisperFeatureExtractor(feature_size=16, chunk_length=1, n_fft=512).save_pretrained(folder)
+    changed = SpeechEncoder(str(folder), FP32)
+    assert changed.fingerprint != encoder.fingerprint
+    assert changed.mel_settings == {**mel_settings(encoder.extractor, encoder.window), "n_fft": 512}

@@ -1,0 +1,85 @@
+"""Projectors: frames are stacked and none is lost; the first embeddings are as large as the model's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graft.model.projector import KINDS, StackFrames, build_projector
+
+
+def made(kind: str, stack_factor: int = 3, frame_size: int = 5, text_size: int = 8, seed: int = 0) -> torch.nn.Module:
+    projector = build_projector(kind, frame_size, stack_factor, hidden_size=12, text_size=text_size)
+    projector.initialise(0.5, torch.Generator().manual_seed(seed))
+    return projector
+
+
+def test_stacking_by_hand() -> None:
+    frames = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+    assert StackFrames(2)(frames).tolist() == [[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 0.0, 0.0]]]
+
+
+@given(num_frames=st.integers(1, 40), stack_factor=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_frame_is_in_exactly_one_token(num_frames: int, stack_factor: int) -> None:
+    frames = torch.arange(1.0, num_frames + 1).view(1, num_frames, 1)
+    stacked = StackFrames(stack_factor)(frames)
+    assert stacked.shape == (1, -(-num_frames // stack_factor), stack_factor)
+    flat = stacked.flatten().tolist()
+    assert flat[:num_frames] == frames.flatten().tolist() and not any(flat[num_frames:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_frame_of_a_partial_group_counts(kind: str) -> None:
+    frames = torch.randn(1, 7, 5, requires_grad=True)  # groups of 3: the seventh stands alone
+    output = made(kind)(frames)
+    assert output.shape == (1, 3, 8)
+    output[0, 2].sum().backward()
+    assert frames.grad[0, 6].abs().sum() > 0 and frames.grad[0, :6].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_frames_behind_change_no_token_before(kind: str) -> None:
+    projector, frames = made(kind), torch.randn(2, 7, 5)
+    longer = torch.nn.functional.pad(frames, (0, 0, 0, 4))
+    torch.testing.assert_close(projector(longer)[:, :3], projector(frames), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_embeddings_have_the_asked_size(kind: str) -> None:
+    projector = build_projector(kind, frame_size=64, stack_factor=4, hidden_size=None, text_size=96)
+    projector.initialise(0.02, torch.Generator().manual_seed(3))
+    spread = projector(torch.randn(8, 100, 64)).std().item()
+    assert 0.9 * 0.02 < spread < 1.1 * 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides_the_weights(kind: str) -> None:
+    one, same, other = (made(kind, seed=seed).state_dict() for seed in (4, 4, 5))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initialise_leaves_nothing_unset(kind: str) -> None:
+    """Assembling makes the module without memory first: every parameter must get a value."""
+    with torch.device("meta"):
+        projector = build_projector(kind, 5, 3, 12, 8)
+    projector.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.fill_(float("nan"))
+    projector.initialise(0.5, torch.Generator().manual_seed(0))
+    assert not any(parameter.isnan().any() for parameter in projector.parameters())
+
+
+def test_an_unknown_kind_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'conv'; there are linear, mlp, swiglu"):
+        build_projector("conv", 5, 3, 12, 8)
+
+
+def test_swiglu_needs_an_even_hidden_size() -> None:
+    with pytest.raises(ValueError, match="hidden_size is 13"):
+        build_projector("swiglu", 5, 3, 13, 8)
