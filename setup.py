@@ -29,6 +29,7 @@ setup(
         "tensorboard>=2.21",
         "soundfile>=0.13",
         "soxr>=0.5",
+        "huggingface_hub>=1",
         "safetensors>=0.5",
         "pydantic>=2.7,<3",
         "pyyaml>=6",

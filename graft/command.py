@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from graft.ranks import AgreedValueError, Ranks
@@ -27,7 +28,7 @@ def parser(docstring: str) -> argparse.ArgumentParser:
 
 def run(main: Callable[[argparse.Namespace], int | None], arguments: argparse.ArgumentParser) -> None:
     """Parse the command line, run ``main``, exit with its code; the user's faults become one clear line."""
-    parsed = arguments.parse_args()
+    parsed = arguments.parse_intermixed_args()  # options may stand between recipe and section.key=value words
     ranks = Ranks.from_environment()
     configure_logging(ranks)
     try:
@@ -39,9 +40,11 @@ def run(main: Callable[[argparse.Namespace], int | None], arguments: argparse.Ar
         code = 130  # the shell's code for Ctrl-C
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == DONE or ranks.world_size == 1:
+    if ranks.world_size == 1:
         sys.exit(code)
-    os._exit(code)  # other ranks may hang in a collective: interpreter shutdown must not wait for them
+    # Everything is written and closed. Interpreter shutdown would still wait for a collective that another rank never
+    # joins, and has been seen to abort on a communication thread that was still running.
+    os._exit(code)
 
 
 def configure_logging(ranks: Ranks) -> None:
@@ -52,6 +55,11 @@ def configure_logging(ranks: Ranks) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "transformers" in sys.modules:  # imported before: it has read its environment already
+        transformers_logging = sys.modules["transformers"].utils.logging
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their authors
 
 
 def _explain(error: ValueError, ranks: Ranks) -> None:

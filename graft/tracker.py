@@ -14,14 +14,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
 from graft.ranks import Ranks
 
-METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+METRICS_FILE, UTTERANCES_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "utterances.jsonl", "tensorboard"
 FLUSH_S = 10  # a browser that watches the run is this far behind
 # The "custom scalars" page: curves that only mean something beside each other.
 LAYOUT = {
@@ -44,6 +44,9 @@ class NullTracker:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers by tag."""
 
+    def utterances(self, step: int, ids: Sequence[str]) -> None:
+        """The utterances of a step, over all ranks."""
+
     def text(self, step: int, tag: str, markdown: str) -> None:
         """A piece of Markdown."""
 
@@ -64,11 +67,12 @@ class Tracker(NullTracker):
     """Writes ``<run_dir>/metrics.jsonl`` and ``<run_dir>/tensorboard``.
 
     Args:
-        resume_step: the first step that will be logged again: what is there from it on is taken away, so that no
-            step stands twice. None: a new run, whose folder must hold no metrics yet.
+        resume_step: the first step that will be logged: what is there from it on is taken away, so that no step
+            stands twice. None: a run that begins, and nothing of an earlier start stays. Whose folder it is was
+            settled before.
 
     Raises:
-        ValueError: for a new run, if the folder holds the metrics of another; or if they are damaged.
+        ValueError: if ``metrics.jsonl`` is damaged.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
@@ -76,14 +80,14 @@ class Tracker(NullTracker):
 
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        if resume_step is None:
-            _refuse_older(path)
-        elapsed_s = 0.0 if resume_step is None else _cut(path, resume_step)
-        self._began = time.monotonic() - elapsed_s
-        self._file = path.open("a", encoding="utf-8")
+        metrics, utterances = run_dir / METRICS_FILE, run_dir / UTTERANCES_FILE
+        first_step = resume_step or 0
+        self._began = time.monotonic() - _cut(metrics, first_step)
+        _cut(utterances, first_step)
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._utterances = utterances.open("a", encoding="utf-8")
         folder = str(run_dir / TENSORBOARD_FOLDER)
-        self._board = SummaryWriter(folder, purge_step=resume_step, flush_secs=FLUSH_S)
+        self._board = SummaryWriter(folder, purge_step=first_step, flush_secs=FLUSH_S)
         self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -93,9 +97,14 @@ class Tracker(NullTracker):
             TypeError: if one is not a number; nothing of the call is written then.
         """
         numbers = {tag: _number(tag, value, step) for tag, value in values.items()}
-        self._write(step, numbers)
+        shown = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
+        self._write(self._metrics, step, shown)
         for tag, number in numbers.items():
             self._board.add_scalar(tag, number, step)
+
+    def utterances(self, step: int, ids: Sequence[str]) -> None:
+        """The utterances of a step, over all ranks: ``{"step": 3, "ids": [...]}`` in ``utterances.jsonl``."""
+        self._write(self._utterances, step, {"ids": list(ids)})
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """A piece of Markdown."""
@@ -124,14 +133,14 @@ class Tracker(NullTracker):
 
     def close(self) -> None:
         """Everything is on disk afterwards."""
-        self._file.close()
+        self._metrics.close()
+        self._utterances.close()
         self._board.close()
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        shown = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
-        line = {"step": step, "time": round(time.monotonic() - self._began, 3), **shown}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def _write(self, file: TextIO, step: int, what: Mapping[str, Any]) -> None:
+        line = {"step": step, "time": round(time.monotonic() - self._began, 3), **what}
+        file.write(json.dumps(line) + "\n")
+        file.flush()
 
 
 def tracker_for(ranks: Ranks, run_dir: str | Path, resume_step: int | None = None) -> NullTracker:
@@ -165,11 +174,11 @@ def _cell(value: object) -> str:
 
 
 def _number(tag: str, value: Any, step: int) -> float:
-    is_scalar = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    is_tensor = isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0 and value.dtype not in (torch.bool, bool)
-    if not is_scalar and not is_tensor:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{tag} at step {step} is {value!r}, a {type(value).__name__}: a single number was expected")
-    return value.item() if isinstance(value, torch.Tensor | np.ndarray | np.number) else value
+    return value
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
@@ -181,11 +190,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int
         else:
             flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
-
-
-def _refuse_older(path: Path) -> None:
-    if path.exists() and path.stat().st_size:
-        raise ValueError(f"{path} holds the metrics of an earlier run: resume that one, or choose another run.dir")
 
 
 def _cut(path: Path, step: int) -> float:

@@ -27,7 +27,7 @@ from graft.model.trainable import describe, select_trainable  # noqa: E402
 from graft.ranks import Ranks, stop  # noqa: E402
 from graft.recipe import Recipe, load_recipe  # noqa: E402
 from graft.sources import Sources  # noqa: E402
-from graft.tracker import tracker_for  # noqa: E402
+from graft.tracker import NullTracker, tracker_for  # noqa: E402
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer  # noqa: E402
 from graft.train.claim import beginning, claim, dress, settings_that_matter, versions  # noqa: E402
 from graft.train.engine import Engine, resolve_ds_config, start_process_group  # noqa: E402
@@ -72,7 +72,7 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
         engine,
         feed,
         Checkpoints(run_dir, ranks, recipe.run.keep_checkpoints, about),
-        evaluation(recipe, graft, sources, template, ranks),
+        evaluation(recipe, graft, sources, template, ranks, tracker),
         tracker,
         recipe,
         stage,
@@ -141,13 +141,13 @@ def check_alike(what: dict, ranks: Ranks) -> None:
 
 
 def evaluation(
-    recipe: Recipe, graft: Assembled, sources: Sources, template: PromptTemplate, ranks: Ranks
+    recipe: Recipe, graft: Assembled, sources: Sources, template: PromptTemplate, ranks: Ranks, tracker: NullTracker
 ) -> Evaluate:
     """What the loop calls to know how well the model transcribes."""
     source = sources.open(recipe.evaluation.split)
 
     def run(step: int) -> dict[str, float]:
-        return evaluate(
+        scored = evaluate(
             graft.model,
             source,
             template,
@@ -157,7 +157,9 @@ def evaluation(
             precision=recipe.run.precision,
             max_utterances=recipe.evaluation.max_utterances,
             swapped=True,
-        ).tags()
+        )
+        tracker.table(step, "eval/transcripts", scored.rows(most=10))
+        return scored.tags()
 
     return run
 

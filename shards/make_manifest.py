@@ -28,14 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
 
-import numpy as np
-import soundfile
+import numpy as np  # noqa: E402
 
-from graft import command
-from graft.data.audio import AudioError, check_length, header_duration
-from graft.data.manifest import Reject, Utterance, read_manifest, write_manifest, write_rejects
-from graft.data.progress import clock, track
-from graft.data.text import clean_text
+from graft import command  # noqa: E402
+from graft.data.audio import AudioError, check_length, header_duration, read_pcm, write_pcm  # noqa: E402
+from graft.data.manifest import Reject, Utterance, read_manifest, write_manifest, write_rejects  # noqa: E402
+from graft.data.progress import clock, track  # noqa: E402
+from graft.data.text import clean_text  # noqa: E402
 
 LOG = logging.getLogger("graft.make_manifest")
 
@@ -315,12 +314,12 @@ def _join(path: Path, utterance_id: str, group: Sequence[Recording], pauses: Seq
     pieces: list[np.ndarray] = []
     rates = set()
     for recording, pause in zip(group, [*pauses, 0.0], strict=True):
-        samples, rate = soundfile.read(recording.path, dtype="int16")
+        samples, rate = read_pcm(recording.path)
         pieces += [samples, np.zeros(int(pause * rate), np.int16)]
         rates.add(rate)
-    if len(rates) > 1 or any(piece.ndim > 1 for piece in pieces):
-        raise ValueError(f"{group[0].path} and its neighbours are not mono recordings of one sampling rate")
-    soundfile.write(path, np.concatenate(pieces), rate)
+    if len(rates) > 1:
+        raise ValueError(f"recordings of {group[0].speaker} have several sampling rates: {sorted(rates)} Hz")
+    write_pcm(path, np.concatenate(pieces), rate)
     text = " ".join(DIGITS[recording.digit] for recording in group)
     return Utterance(utterance_id, path, None, text, speaker=group[0].speaker)
 

@@ -2,7 +2,7 @@
 
     deepspeed shards/precompute.py recipes/tiny.yaml
     deepspeed --hostfile hosts shards/precompute.py recipes/digits.yaml data.shards=/fast/digits
-    python shards/precompute.py recipes/tiny.yaml --splits valid test
+    python shards/precompute.py recipes/tiny.yaml --split valid --split test
 
 The set of a split is ``<data.shards>/<split>/``. Which utterances make a shard follows from the manifest alone and
 the ranks share the shards, so any number of ranks on any number of nodes (one file system) makes the same bytes.
@@ -16,15 +16,17 @@ import fcntl
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,17 +34,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
 
-import numpy as np
-import torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from graft import command, lengths
-from graft import ranks as processes
-from graft.data.audio import AudioError, load_audio, windows
-from graft.data.loader import Prefetcher
-from graft.data.manifest import Manifest, Utterance, read_manifest
-from graft.data.progress import Meter, clock
-from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size
-from graft.data.shard_writer import (
+from graft import command, lengths  # noqa: E402
+from graft import ranks as processes  # noqa: E402
+from graft.data.audio import AudioError, load_audio, windows  # noqa: E402
+from graft.data.loader import Prefetcher  # noqa: E402
+from graft.data.manifest import Manifest, Utterance, read_manifest  # noqa: E402
+from graft.data.progress import Meter, clock  # noqa: E402
+from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size  # noqa: E402
+from graft.data.shard_writer import (  # noqa: E402
     Part,
     PlannedShard,
     SetDescription,
@@ -53,10 +55,10 @@ from graft.data.shard_writer import (
     part_path,
     plan_shards,
 )
-from graft.lengths import WindowExceeded
-from graft.model.encoder import SpeechEncoder
-from graft.ranks import Ranks
-from graft.recipe import Recipe, load_recipe
+from graft.lengths import WindowExceeded  # noqa: E402
+from graft.model.encoder import SpeechEncoder  # noqa: E402
+from graft.ranks import Ranks  # noqa: E402
+from graft.recipe import Recipe, load_recipe  # noqa: E402
 
 LOG = logging.getLogger("graft.precompute")
 
@@ -76,7 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
     ranks = processes.start(timeout_s=PATIENCE_S)
     try:
         encoder = together(ranks, lambda: load_encoder(recipe, ranks))
-        for split in arguments.splits or recipe.data.manifests:
+        for split in arguments.split or recipe.data.manifests:
             precompute(recipe, split, encoder, ranks)
     finally:
         processes.stop()
@@ -95,7 +97,8 @@ def precompute(recipe: Recipe, split: str, encoder: SpeechEncoder, ranks: Ranks)
             LOG.info("%s: complete, nothing to do", job.folder)
             return
         together(ranks, lambda: job.begin(todo) if ranks.is_first else job.wait_for_folder())
-        together(ranks, lambda: Worker(job, encoder, ranks, todo).run())
+        with watched(job, todo, ranks):
+            together(ranks, lambda: Worker(job, encoder, ranks, todo).run())
         together(ranks, lambda: job.merge() if ranks.is_first else None)
 
 
@@ -293,6 +296,7 @@ class Job:
 class Decoded:
     """An utterance ready for the encoder: windows (S_i,) of its waveform, or why there are none."""
 
+    shard: int
     line: int
     utterance: Utterance
     pieces: Sequence[np.ndarray] = ()
@@ -304,31 +308,144 @@ class Worker:
     """One rank's part of a job."""
 
     def __init__(self, job: Job, encoder: SpeechEncoder, ranks: Ranks, todo: Sequence[int]) -> None:
-        self.job, self.encoder, self.ranks = job, encoder, ranks
+        self.job, self.encoder, self.rank = job, encoder, ranks.rank
         self.mine = [job.shards[number] for number in todo[ranks.rank :: ranks.world_size]]
-        self.total = sum(len(job.shards[number].utterances) for number in todo)
         self.done, self.audio_s = 0, 0.0
         self.reasons: list[str] = []
-        self._looked, self._started = 0.0, time.monotonic()
+        self._told = 0.0
 
     def run(self) -> None:
-        """Make this rank's shards; stop early when another rank has failed."""
+        """Make this rank's shards; give up what is begun when another rank has failed."""
         try:
-            with Meter(self.job.description.name, self.total, "utterances", quiet=not self.ranks.is_first) as meter:
-                self._make_shards(meter)
-                while self.ranks.is_first and not self._all_done(meter):
-                    time.sleep(HEARTBEAT_S / 4)
+            self._make_shards()
+            self._tell()
+        except _AnotherFailed:
+            return  # that rank has the error, and all ranks hear of it next
         except Exception:
             failure_file(self.job.folder).touch()
             raise
 
-    def _make_shards(self, meter: Meter) -> None:
+    def _make_shards(self) -> None:
         items = ((shard, *pair) for shard in self.mine for pair in zip(shard.lines, shard.utterances, strict=True))
         size = self.job.description.encode_batch_size
         with Prefetcher(self._decode, items, depth=2 * size, threads=DECODERS) as decoded:
-            for shard, group in itertools.groupby(decoded, key=lambda pair: pair[0].number):
-                with ShardWriter(self.job.folder, self.job.description, shard) as writer:
-                    while batch := [item for _, item in itertools.islice(group, size)]:
+            for number, of_shard in itertools.groupby(decoded, key=lambda item: item.shard):
+                with ShardWriter(self.job.folder, self.job.description, number) as writer:
+                    while batch := list(itertools.islice(of_shard, size)):
                         self._encode(batch, writer)
-                        if self._heartbeat(meter):
-                            raise _Stopped
+
+    def _decode(self, item: tuple[PlannedShard, int, Utterance]) -> Decoded:
+        """Read one sound file; runs ahead, in a thread."""
+        shard, line, utterance = item
+        made = Decoded(shard.number, line, utterance)
+        try:
+            waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+            if not waveform.any():
+                raise AudioError(f"{utterance.audio_filepath}: nothing but silence: every sample is zero")
+            pieces = windows(waveform, self.encoder.window, self.job.description.long_audio, f"'{utterance.id}'")
+        except (AudioError, WindowExceeded) as error:
+            return replace(made, reason=str(error))
+        return replace(made, pieces=pieces, num_samples=len(waveform))
+
+    def _encode(self, batch: Sequence[Decoded], writer: ShardWriter) -> None:
+        """Encode a batch and write it; batches are the same whatever the ranks, and so are the bits."""
+        size = self.job.description.encode_batch_size
+        pieces = [piece for item in batch for piece in item.pieces]
+        frames = iter(
+            [f for start in range(0, len(pieces), size) for f in self.encoder.encode(pieces[start : start + size])]
+        )
+        for item in batch:
+            reason = item.reason
+            if not reason:
+                features = torch.cat([next(frames) for _ in item.pieces])  # (F, D)
+                reason = "" if features.isfinite().all() else "the encoder gave NaN or infinite numbers"
+            if reason:
+                self._reject(item, reason, writer)
+            else:
+                writer.add(item.utterance, features, sum(map(len, item.pieces)), whole_samples=item.num_samples)
+        self.done += len(batch)
+        self.audio_s += lengths.seconds(sum(map(len, pieces)))
+        if time.monotonic() - self._told > HEARTBEAT_S:
+            self._tell()
+
+    def _reject(self, item: Decoded, reason: str, writer: ShardWriter) -> None:
+        writer.reject(item.line, item.utterance, reason)
+        self.reasons.append(reason)
+        self.job.check_rejects(self.reasons)  # what one rank has is enough to know the end
+
+    def _tell(self) -> None:
+        """Leave word of what is done where rank 0 looks, and look whether another rank has failed."""
+        self._told = time.monotonic()
+        told = self.job.folder / PARTS / f".rank-{self.rank:05d}"
+        told.write_text(json.dumps({"done": self.done, "audio_s": self.audio_s}))
+        if failure_file(self.job.folder).exists():
+            raise _AnotherFailed
+
+
+class _AnotherFailed(Exception):
+    """Another rank has failed: there is nothing left to work for."""
+
+
+@contextmanager
+def watched(job: Job, todo: Sequence[int], ranks: Ranks) -> Iterator[None]:
+    """On rank 0, show the progress of all ranks while the body runs."""
+    if not ranks.is_first:
+        yield
+        return
+    total = sum(len(job.shards[number].utterances) for number in todo)
+    stop = threading.Event()
+    with Meter(job.description.name, total, "utterances") as meter:
+
+        def watch() -> None:
+            while not stop.wait(HEARTBEAT_S):
+                told = [_read_told(path) for path in (job.folder / PARTS).glob(".rank-*")]
+                audio_s = sum(rank["audio_s"] for rank in told)
+                speed = f"{audio_s / meter.elapsed:,.1f} s of audio/s on {ranks.world_size} ranks"
+                meter.set(sum(rank["done"] for rank in told), speed)
+
+        watcher = threading.Thread(target=watch, name="progress", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def _read_told(path: Path) -> dict[str, float]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # being written just now
+        return {"done": 0, "audio_s": 0.0}
+
+
+def failure_file(folder: Path) -> Path:
+    """Its presence tells every rank that one has failed."""
+    return folder / PARTS / ".failed"
+
+
+def common(reasons: Sequence[str]) -> str:
+    """The most frequent reasons, an example each, with their counts."""
+    kinds = Counter(reason.rsplit(": ", 1)[-1] for reason in reasons)
+    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(SHOWN_REASONS))
+
+
+def readable(size: float) -> str:
+    """Bytes in kB, MB, GB or TB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(math.log10(max(size, 1)) // 3))
+    return f"{size / 1000**power:.3g} {units[power]}"
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__)
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the recipe")
+    parser.add_argument(
+        "--split", action="append", metavar="NAME", help="only this one; may be said again (default: all)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command.run(main, _arguments())

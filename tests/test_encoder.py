@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_file(base: Path, tmp_path: Path, prefix: str) 
 
 def test_missing_weights_are_an_error_that_names_them(base: Path, tmp_path: Path) -> None:
     folder = renamed(base, tmp_path / "base", r"layers\.1\.fc1\.weight", "layers.1.fc9.weight")
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the encoder: layers\.1\.fc1\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights: layers\.1\.fc1\.weight"):
         load_encoder(str(folder), FP32)
 
 

@@ -122,7 +122,9 @@ def qwen2_vl_folder(
     weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     if layout == "v4":
         weights = {_v4_name(name): tensor for name, tensor in weights.items()}
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     tokenizer().save_pretrained(folder)
     _write(folder / "generation_config.json", {"eos_token_id": 258, "pad_token_id": 256, "bos_token_id": 256})
     if images:

@@ -84,6 +84,23 @@ def windows(waveform: np.ndarray, window: Window, policy: LongAudio, who: str = 
     return [waveform[start : start + size] for start in range(0, len(waveform), size)]
 
 
+def read_pcm(path: Path) -> tuple[np.ndarray, int]:
+    """All samples of a mono file as int16 (N,), untouched, and their rate in Hz.
+
+    Raises:
+        AudioError: missing, unreadable, or of several channels.
+    """
+    with _open(path) as file:
+        if file.channels != 1:
+            raise AudioError(f"{path}: {file.channels} channels, a mono recording was expected")
+        return file.read(dtype="int16"), file.samplerate
+
+
+def write_pcm(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Write int16 samples (N,) as a sound file of the kind that its suffix names."""
+    soundfile.write(str(path), samples, rate)
+
+
 def _open(path: Path) -> soundfile.SoundFile:
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file")

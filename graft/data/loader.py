@@ -91,9 +91,7 @@ class OnlineEntry:
 class OnlineSource:
     """Features encoded on the fly; utterances that cannot be used are found at once and listed in ``rejects``."""
 
-    def __init__(
-        self, manifest: Manifest, encode: Encode, *, window: Window, long_audio: LongAudio = "reject"
-    ) -> None:
+    def __init__(self, manifest: Manifest, encode: Encode, *, window: Window, long_audio: LongAudio = "reject") -> None:
         """Reads the header of every sound file: an utterance is rejected now or used, never dropped in the middle."""
         self._encode, self._window, self._long_audio = encode, window, long_audio
         self.entries: list[OnlineEntry] = []
@@ -166,9 +164,7 @@ class Prefetcher(Generic[Item, Made]):
         self._results.close()
 
     @staticmethod
-    def _run(
-        make_item: Callable[[Item], Made], items: Iterable[Item], depth: int, threads: int
-    ) -> Iterator[Made]:
+    def _run(make_item: Callable[[Item], Made], items: Iterable[Item], depth: int, threads: int) -> Iterator[Made]:
         pending: deque[Future[Made]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
             try:

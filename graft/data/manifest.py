@@ -12,7 +12,6 @@ and counted.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ ALIASES: dict[str, tuple[str, ...]] = {  # ours first, then NeMo's, SLAM-LLM's, 
     "image": ("image",),
 }
 LONGEST_KEY = 80  # characters; a USTAR member name holds 100, with the extension
+LONGEST_S = 1e9  # a duration beyond thirty years is a mistake; NaN fails the comparison too
 MOST_FAULTS_TOLD = 20
 
 
@@ -184,6 +184,8 @@ def parse_line(line: Mapping[str, Any], folder: Path) -> Utterance:
         raise ValueError(f"no audio path: expected a string under one of {', '.join(ALIASES['audio_filepath'])}")
     if not isinstance(found["text"], str):
         raise ValueError(f"no text: expected a string under one of {', '.join(ALIASES['text'])}")
+    for name in ("id", "text"):
+        _check_encodable(found[name], name)
     offset = _seconds(found["offset"], "offset") or 0.0
     optional = {name: _optional_text(found[name], name) for name in ("instruction", "language", "speaker", "image")}
     image = optional.pop("image")
@@ -203,9 +205,18 @@ def _object(line: bytes) -> dict[str, Any]:
         decoded = json.loads(line.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {line[:60].decode('utf-8', 'replace')!r}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"not JSON that can be read: {error}") from error
     if not isinstance(decoded, dict):
-        raise ValueError(f"a JSON {type(decoded).__name__}, expected an object such as {{\"audio_filepath\": ...}}")
+        raise ValueError(f'a JSON {type(decoded).__name__}, expected an object such as {{"audio_filepath": ...}}')
     return decoded
+
+
+def _check_encodable(value: Any, name: str) -> None:
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character: {value!r}") from None
 
 
 def _first(line: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -225,8 +236,8 @@ def _id(given: Any, audio: str, offset: float) -> str:
 def _seconds(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is {value!r}, expected seconds, a number not below 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_S:
+        raise ValueError(f"{name} is {str(value)[:40]!r}, expected seconds, a number not below 0")
     return float(value)
 
 

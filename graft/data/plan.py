@@ -49,9 +49,7 @@ def num_steps_per_epoch(num_utterances: int, global_batch_size: int) -> int:
     return -(-num_utterances // global_batch_size)
 
 
-def rank_share(
-    step: Sequence[int], costs: Sequence[int], ranks: Ranks, micro_batch_tokens: int
-) -> list[list[int]]:
+def rank_share(step: Sequence[int], costs: Sequence[int], ranks: Ranks, micro_batch_tokens: int) -> list[list[int]]:
     """This rank's micro-batches of a step: each at most ``micro_batch_tokens`` padded positions.
 
     The union over ranks is the step, without overlap. All ranks get the same number of micro-batches wherever the
@@ -146,15 +144,13 @@ def permutation(size: int, key: Sequence[int]) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    values = values * np.uint64(1) + np.uint64(0x9E3779B97F4A7C15)
+    values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def _equal_groups(
-    ranked: Sequence[int], costs: Sequence[int], num_ranks: int, budget: int
-) -> list[list[int]]:
+def _equal_groups(ranked: Sequence[int], costs: Sequence[int], num_ranks: int, budget: int) -> list[list[int]]:
     """Cut utterances, dearest first, into micro-batches: a multiple of ``num_ranks`` of them, the dearest one cheap."""
     fewest = max(len(_cut(ranked, costs, budget)), num_ranks)
     equal = -(-fewest // num_ranks) * num_ranks

@@ -22,12 +22,12 @@ class Meter:
     def __init__(self, label: str, total: float, unit: str, *, quiet: bool = False) -> None:
         """``quiet`` is for ranks that do not speak."""
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
-        self.done, self._started, self._told = 0.0, time.monotonic(), 0.0
+        self.done, self.speed = 0.0, ""
+        self._started = self._told = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> Meter:
-        self._started = time.monotonic()
-        self._told = self._started
+        self._started = self._told = time.monotonic()
         if not self.quiet and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), transient=True
@@ -40,9 +40,9 @@ class Meter:
         if self._bar:
             self._bar.stop()
 
-    def set(self, done: float) -> None:
-        """Say how much is done by now."""
-        self.done = done
+    def set(self, done: float, speed: str = "") -> None:
+        """Say how much is done by now; ``speed`` is said in place of units per second."""
+        self.done, self.speed = done, speed
         if self._bar:
             self._bar.update(self._task, completed=done, note=self.note())
         elif not self.quiet and time.monotonic() - self._told >= EVERY_S:
@@ -54,15 +54,15 @@ class Meter:
         self.set(self.done + amount)
 
     @property
-    def rate(self) -> float:
-        """Units per second since the start."""
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+    def elapsed(self) -> float:
+        """Seconds since the start, never 0."""
+        return max(time.monotonic() - self._started, 1e-9)
 
     def note(self) -> str:
         """``done/total unit, speed, time left``."""
-        left = (self.total - self.done) / self.rate if self.rate else 0.0
-        told = f", {clock(left)} left" if 0 < self.done < self.total else ""
-        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {self.rate:,.1f}/s{told}"
+        rate = self.done / self.elapsed
+        left = f", {clock((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
+        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {self.speed or f'{rate:,.1f}/s'}{left}"
 
 
 def track(items: Sequence[Item], label: str, unit: str = "utterances") -> Iterator[Item]:

@@ -47,6 +47,7 @@ class SetDescription:
     dtype: str
     fingerprint: str
     source: str  # where the encoder came from: told to people, never compared
+    precision: str  # of the encoder's forward pass
     mel: Mapping[str, Any]
     window_frames: int
     frame_size: int
@@ -115,8 +116,10 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         return self
 
-    def add(self, utterance: Utterance, features: torch.Tensor, num_samples: int) -> None:
-        """Add an utterance's features (F, D), encoded from ``num_samples`` samples."""
+    def add(
+        self, utterance: Utterance, features: torch.Tensor, num_samples: int, whole_samples: int | None = None
+    ) -> None:
+        """Add an utterance's features (F, D), encoded from ``num_samples`` of its ``whole_samples`` samples."""
         key = sample_key(utterance.id)
         assert key not in self._keys, f"key {key} of '{utterance.id}' is already in {self._path.name}"
         self._keys.add(key)
@@ -133,6 +136,8 @@ class ShardWriter:
         entry = SampleEntry(key=key, shard=self._path.name, offset=offset, size=len(data), **about)
         self.part.samples.append(entry.as_line())
         self.part.audio_seconds += about["duration"]
+        self.part.num_joined += len(features) > self._description.window_frames
+        self.part.num_truncated += num_samples < (whole_samples or num_samples)
 
     def reject(self, line: int, utterance: Utterance, reason: str) -> None:
         """Record that an utterance of the plan is not in the shard."""
@@ -240,6 +245,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
 
 COMPARED = {
     "fingerprint": "encoder",
+    "precision": "run.precision",
     "manifest_sha256": "manifest",
     "samples_per_shard": "data.samples_per_shard",
     "long_audio": "audio.long_audio",

@@ -129,6 +129,6 @@ def _counted(chunks: Iterable[jiwer.AlignmentChunk]) -> tuple[int, int, int, int
     """Hits, substitutions, deletions, insertions of one alignment."""
     sizes = {"equal": 0, "substitute": 0, "delete": 0, "insert": 0}
     for chunk in chunks:
-        from_reference, from_hypothesis = chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
-        sizes[chunk.type] += max(from_reference, from_hypothesis)
+        of_reference = chunk.ref_end_idx - chunk.ref_start_idx
+        sizes[chunk.type] += of_reference or chunk.hyp_end_idx - chunk.hyp_start_idx
     return sizes["equal"], sizes["substitute"], sizes["delete"], sizes["insert"]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 from transformers.utils.hub import cached_file
 
+from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import AUDIO_END, AUDIO_PAD, AUDIO_START, AudioGraftConfig
 from graft.model.encoder import load_audio_config, load_encoder, load_feature_extractor
 from graft.model.grafted import AudioGraftForConditionalGeneration
@@ -21,6 +22,7 @@ from graft.model.lora import copy_into, has_lora, load_adapter, save_adapter
 from graft.model.processor import AudioGraftProcessor
 from graft.recipe import Recipe
 
+KEY = "bases.qwen2_vl"  # of the recipe
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROJECTOR_FILE = "projector.safetensors"
 PROJECTOR_SETTINGS_FILE = "projector.json"
@@ -49,6 +51,7 @@ def assemble(
         ValueError: if a base is not in stock format, lacks weights, or has no room for the audio tokens.
     """
     dtype = DTYPES[recipe.run.precision]
+    load_config(KEY, recipe.bases.qwen2_vl, Qwen2VLConfig)  # first: it says best what is wrong with a folder
     tokenizer = load_tokenizer(recipe.bases.qwen2_vl)
     config = build_config(recipe, tokenizer, has_audio_tower=with_encoder)
     processor = build_processor(recipe, tokenizer, config)
@@ -63,7 +66,8 @@ def assemble(
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """Qwen2-VL's tokenizer with the three audio tokens behind its own."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    with reading(KEY, base):
+        tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([AUDIO_START, AUDIO_PAD, AUDIO_END], special_tokens=True)  # those it has keep their ids
     return tokenizer
 
@@ -75,14 +79,12 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, has_audio_t
         ValueError: if a base is another kind of model, or the embedding matrix has no rows for the audio tokens.
     """
     base = recipe.bases.qwen2_vl
-    text = AutoConfig.from_pretrained(base)
-    if text.model_type != Qwen2VLConfig.model_type:
-        raise ValueError(f"bases.qwen2_vl: {base} holds a '{text.model_type}', a '{Qwen2VLConfig.model_type}' was expected")
+    text = load_config(KEY, base, Qwen2VLConfig)
     start, pad, end = tokenizer.convert_tokens_to_ids([AUDIO_START, AUDIO_PAD, AUDIO_END])
     rows = text.text_config.vocab_size
     if max(start, pad, end) >= rows:
         raise ValueError(
-            f"bases.qwen2_vl: {base}: the embedding matrix has {rows} rows and the tokenizer fills "
+            f"{KEY}: {base}: the embedding matrix has {rows} rows and the tokenizer fills "
             f"{len(tokenizer) - 3}, which leaves no room for {AUDIO_START}, {AUDIO_PAD} and {AUDIO_END}; "
             "Qwen2-VL as published has room for hundreds"
         )
@@ -122,10 +124,9 @@ def load_qwen2_vl(base: str, dtype: torch.dtype) -> Qwen2VL:
     Raises:
         ValueError: if ``base`` lacks any of its weights: transformers would leave them random with a mere warning.
     """
-    model, info = Qwen2VL.from_pretrained(base, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"bases.qwen2_vl: {base} lacks {len(missing)} weights: {', '.join(missing[:5])}")
+    with reading(KEY, base):
+        model, info = Qwen2VL.from_pretrained(base, dtype=dtype, output_loading_info=True)
+    refuse_missing(KEY, base, info["missing_keys"])
     return model
 
 

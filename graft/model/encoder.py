@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from graft import lengths
 from graft.lengths import Window
+from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import FEATURE_DTYPE
 
+KEY = "bases.whisper"  # of the recipe
 # Of a full Whisper: model.encoder.* (WhisperForConditionalGeneration) or encoder.* (WhisperModel). Without this,
 # WhisperEncoder.from_pretrained finds none of its names and returns random weights with a mere warning.
 _KEY_MAPPING = {r"^model\.encoder\.": "", r"^encoder\.": ""}
@@ -35,10 +37,7 @@ def load_audio_config(base: str) -> WhisperConfig:
     Raises:
         ValueError: if it is something else.
     """
-    config = AutoConfig.from_pretrained(base)
-    if not isinstance(config, WhisperConfig):
-        raise ValueError(f"bases.whisper: {base} holds a '{config.model_type}', a 'whisper' was expected")
-    return config
+    return load_config(KEY, base, WhisperConfig)
 
 
 def load_feature_extractor(base: str) -> WhisperFeatureExtractor:
@@ -47,7 +46,8 @@ def load_feature_extractor(base: str) -> WhisperFeatureExtractor:
     Raises:
         ValueError: if rate, hop or number of mel bins are not those the encoder takes.
     """
-    extractor = WhisperFeatureExtractor.from_pretrained(base)
+    with reading(KEY, base):
+        extractor = WhisperFeatureExtractor.from_pretrained(base)
     expected = {
         "sampling_rate": lengths.SAMPLE_RATE,
         "hop_length": lengths.SAMPLES_PER_MEL_FRAME,
@@ -55,7 +55,7 @@ def load_feature_extractor(base: str) -> WhisperFeatureExtractor:
     }
     for name, value in expected.items():
         if getattr(extractor, name) != value:
-            raise ValueError(f"bases.whisper: {base}: mel {name} is {getattr(extractor, name)}, expected {value}")
+            raise ValueError(f"{KEY}: {base}: mel {name} is {getattr(extractor, name)}, expected {value}")
     return extractor
 
 
@@ -66,12 +66,11 @@ def load_encoder(base: str, dtype: torch.dtype, device: str | torch.device = "cp
         ValueError: if ``base`` lacks any of its weights.
     """
     load_audio_config(base)
-    encoder, info = EncoderOnly.from_pretrained(
-        base, dtype=dtype, key_mapping=_KEY_MAPPING, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ValueError(f"bases.whisper: {base} lacks {len(names)} weights of the encoder: {_shown(names)}")
+    with reading(KEY, base):
+        encoder, info = EncoderOnly.from_pretrained(
+            base, dtype=dtype, key_mapping=_KEY_MAPPING, output_loading_info=True
+        )
+    refuse_missing(KEY, base, info["missing_keys"])
     return encoder.to(device).eval().requires_grad_(False)
 
 
@@ -151,8 +150,3 @@ def _check_waveform(waveform: np.ndarray, who: str, window: Window) -> None:
     if waveform.ndim != 1 or len(waveform) == 0:
         raise ValueError(f"{who} has shape {waveform.shape}: a mono waveform (S,) with at least one sample is expected")
     window.check(len(waveform), who)
-
-
-def _shown(names: Sequence[str], limit: int = 5) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -250,9 +250,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         """The parent's; audio goes in with the prompt only, afterwards it is in the KV cache."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.update(dict.fromkeys(_AUDIO_INPUTS))
-        return super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any

@@ -196,7 +196,7 @@ def _compiled(target_modules: str) -> re.Pattern[str]:
 
 
 def _matches(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    return [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    return [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
 
 
 def _tower(name: str) -> str:

@@ -206,7 +206,7 @@ class AudioGraftProcessor(ProcessorMixin):
         if self.vision is None:
             raise ValueError("the base Qwen2-VL came without preprocessor_config.json: this processor takes no images")
         inputs = self._vision()(images=images, return_tensors="pt")
-        merged = inputs["image_grid_thw"].prod(-1) // self._vision().merge_size**2
+        merged = inputs["image_grid_thw"].prod(-1) // self._vision().merge_size ** 2
         return {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}, merged.tolist()
 
     def _vision(self) -> Any:

@@ -45,7 +45,7 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     theirs = claimed.get(str(stage)) or _shared(claimed.get("1", {}))
     differing = list(_differing(theirs, ours))
     if differing:
-        told = "\n".join(f"  {key}: {theirs_value!r} there, {ours_value!r} here" for key, theirs_value, ours_value in differing)
+        told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
         raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
     write_whole(run_dir / RUN_FILE, json.dumps(claimed | {str(stage): ours}, indent=2) + "\n")
     write_whole(run_dir / "recipe.yaml", recipe.as_yaml())
@@ -112,9 +112,10 @@ def _checked(start_from: Path | None) -> Path | None:
 
 
 def _claimed(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / RUN_FILE
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    path, traces = run_dir / RUN_FILE, (run_dir / "metrics.jsonl", *(run_dir / "checkpoints").glob("step-*"))
+    trained = any(trace.is_dir() or (trace.is_file() and trace.stat().st_size) for trace in traces)
+    if path.is_file():  # a start that failed before its first step claims nothing
+        return json.loads(path.read_text(encoding="utf-8")) if trained else {}
     foreign = [name for name in ("checkpoints", "metrics.jsonl", "tensorboard") if (run_dir / name).exists()]
     if foreign:
         raise ValueError(f"{run_dir} holds {', '.join(foreign)} of something that is not a run of ours (no {RUN_FILE})")

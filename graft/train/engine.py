@@ -65,7 +65,7 @@ class Engine:
 
         self.ranks = ranks
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        assert set(self.trained) == set(learning_rates), "every trained parameter needs a learning rate, no other has one"
+        assert set(self.trained) == set(learning_rates), "what trains and what has a learning rate differ"
         assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained parameters must be fp32"
         groups = _groups(self.trained, learning_rates)
         self._peaks = [group["lr"] for group in groups]

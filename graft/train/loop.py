@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from graft.ranks import Ranks
 from graft.recipe import Recipe, Stage
+from graft.tracker import NullTracker
 from graft.train.checkpoint import Checkpoints, Position
 from graft.train.engine import Engine
 from graft.train.feed import Feed, StepInput
@@ -32,7 +33,7 @@ class Loop:
     feed: Feed
     checkpoints: Checkpoints
     evaluate: Evaluate
-    tracker: object
+    tracker: NullTracker
     recipe: Recipe
     stage: Stage
     ranks: Ranks
@@ -67,6 +68,8 @@ class Loop:
         precision = self.recipe.run.precision
         result = train_step(self.engine, inputs.micro_batches, int(num_label_tokens), share, precision)
         position.step += 1
+        if self.recipe.run.log_utterances:
+            self.tracker.utterances(position.step, inputs.ids)
         position.num_updates += result.applied
         self._skipped = 0 if result.applied else self._skipped + 1
         if self._skipped:

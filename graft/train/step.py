@@ -18,7 +18,7 @@ from graft.train.engine import Engine
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss_share``: this rank's part of the step's loss, a scalar left on the device; summed over ranks it is whole."""
+    """``loss_share``: this rank's part of the step's loss, a scalar left on the device; the sum over ranks is whole."""
 
     loss_share: torch.Tensor
     grad_norm: float

@@ -1,0 +1,178 @@
+"""Read every byte of feature sets back and compare it with what their indexes promise.
+
+    python shards/verify.py shards/sets/tiny             every set below a folder
+    python shards/verify.py shards/sets/tiny/train       one set
+
+Exit code 0 when all is as it was written, 2 when a shard is damaged; the shard is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "graft").is_dir():
+    sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
+
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from graft import command  # noqa: E402
+from graft.data.progress import Meter, clock  # noqa: E402
+from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, decode  # noqa: E402
+
+LOG = logging.getLogger("graft.verify")
+
+BLOCK = 1 << 22  # bytes read at once
+READERS = 2  # threads; hashing and reading leave Python's lock
+
+
+@dataclass
+class Verified:
+    """What was found in one set."""
+
+    name: str
+    num_samples: int = 0
+    num_rejects: int = 0
+    num_shards: int = 0
+    audio_s: float = 0.0
+    size: int = 0
+    dtype: str = ""
+    encoder: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Verify each set, print the table, name what is damaged."""
+    verified = [verify_set(folder) for folder in find_sets(Path(arguments.folder))]
+    _print(verified)
+    faults = [fault for one in verified for fault in one.faults]
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return command.USER_ERROR if faults else command.DONE
+
+
+def find_sets(folder: Path) -> list[Path]:
+    """``folder`` itself, or the sets directly below it, begun ones too.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    is_set = [f for f in (folder, *sorted(folder.iterdir())) if (f / INDEX).is_file() or (f / PARTS).is_dir()]
+    if not is_set:
+        raise ValueError(f"no feature set in {folder}; shards/precompute.py makes them")
+    return is_set
+
+
+def verify_set(folder: Path) -> Verified:
+    """Read one set whole. Faults of single shards are collected, so that one run names them all."""
+    verified = Verified(folder.name)
+    try:
+        feature_set = FeatureSet.open(folder)
+    except ValueError as error:
+        verified.faults.append(str(error))
+        return verified
+    index = feature_set.index
+    verified.num_samples, verified.num_rejects = index["num_samples"], index["num_rejects"]
+    verified.num_shards, verified.audio_s = len(index["shards"]), feature_set.audio_seconds
+    verified.size = sum(shard["size"] for shard in index["shards"])
+    verified.dtype, verified.encoder = feature_set.dtype, feature_set.fingerprint[:12]
+    by_shard: dict[str, list[SampleEntry]] = {shard["file"]: [] for shard in index["shards"]}
+    for entry in feature_set.entries:
+        by_shard[entry.shard].append(entry)
+    with Meter(folder.name, verified.size / 1e6, "MB") as meter, ThreadPoolExecutor(READERS) as pool:
+        checked = pool.map(lambda s: _faults(feature_set, s, by_shard[s["file"]]), index["shards"])
+        for shard, faults in zip(index["shards"], checked, strict=True):
+            verified.faults += faults
+            meter.advance(shard["size"] / 1e6)
+    return verified
+
+
+def _faults(feature_set: FeatureSet, shard: dict[str, Any], entries: Sequence[SampleEntry]) -> list[str]:
+    path = feature_set.folder / shard["file"]
+    try:
+        _check_digest(path, shard)
+        _check_members(path, feature_set, shard, entries)
+    except DamagedShard as error:
+        return [str(error)]
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        return [f"shard {path}: {type(error).__name__}: {error}"]
+    return []
+
+
+def _check_digest(path: Path, shard: dict[str, Any]) -> None:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != shard["sha256"]:
+        raise DamagedShard(f"shard {path}: its sha256 is not the index's: a byte has changed")
+
+
+def _check_members(path: Path, feature_set: FeatureSet, shard: dict[str, Any], entries: Sequence[SampleEntry]) -> None:
+    """Walk the tar as a stranger would and compare each pair of members with its entry."""
+    walked = _pairs(path)
+    count = 0
+    for entry, (key, about, offset, data) in zip(entries, walked, strict=False):
+        count += 1
+        if (key, offset, len(data), zlib.crc32(data)) != (entry.key, entry.offset, entry.size, entry.crc32):
+            raise DamagedShard(f"shard {path}: '{entry.id}' is not where, or what, the index says")
+        said = {
+            name: value for name, value in entry.as_line().items() if name not in ("key", "shard", "offset", "size")
+        }
+        if about != said:
+            raise DamagedShard(f"shard {path}: the JSON of '{entry.id}' is not its line in samples.jsonl")
+        features = decode(data, entry, feature_set.dtype, feature_set.frame_size)
+        if not features.isfinite().all():
+            raise DamagedShard(f"shard {path}: '{entry.id}' holds NaN or infinite numbers")
+    if count != len(entries) or count != shard["num_samples"] or next(walked, None) is not None:
+        raise DamagedShard(f"shard {path}: the tar holds another number of samples than the index: {len(entries)}")
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, dict[str, Any], int, bytearray]]:
+    """(key, JSON, place of the tensors, their bytes) of each sample of a tar, in order."""
+    with tarfile.open(path, "r:") as tar:
+        members = iter(tar)
+        for first in members:
+            second = next(members, None)
+            key = first.name.removesuffix(".json")
+            if second is None or (first.name, second.name) != (f"{key}.json", f"{key}.safetensors"):
+                raise DamagedShard(f"shard {path}: member '{first.name}' is not a pair of .json and .safetensors")
+            about = json.load(io.TextIOWrapper(tar.extractfile(first), encoding="utf-8"))
+            yield key, about, second.offset_data, bytearray(tar.extractfile(second).read())
+
+
+def _print(verified: Sequence[Verified]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("set", "samples", "rejects", "audio", "shards", "GB", "dtype", "encoder", ""):
+        table.add_column(title, justify="left" if title in ("set", "dtype", "encoder", "") else "right")
+    for one in verified:
+        state = "[red]DAMAGED[/red]" if one.faults else "ok"
+        numbers = [f"{one.num_samples:,}", f"{one.num_rejects:,}", clock(one.audio_s), f"{one.num_shards:,}"]
+        table.add_row(one.name, *numbers, f"{one.size / 1e9:.3f}", one.dtype, one.encoder, state)
+    Console().print(table)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = command.parser(__doc__)
+    parser.add_argument("folder", metavar="SET_FOLDER")
+    return parser
+
+
+if __name__ == "__main__":
+    command.run(main, _arguments())
