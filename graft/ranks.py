@@ -94,14 +94,58 @@ class Ranks:
         return [rank for rank, other in enumerate(values) if other != values[0]]
 
 
-def start(timeout_s: float = 1800.0) -> Ranks:
-    """Join the other processes, if there are any, for a program that needs no training engine."""
+def start(
+    *, backend: str = "gloo", timeout_s: float = 1800.0, start_timeout_s: float = 300.0, even_alone: bool = False
+) -> Ranks:
+    """Join the other processes.
+
+    Args:
+        timeout_s: a collective that waits longer than this ends the program instead of hanging it.
+        start_timeout_s: how long to wait for the other ranks to come.
+        even_alone: make a process group for a single process too.
+
+    Raises:
+        ValueError: when some do not come, with their numbers.
+    """
     ranks = Ranks.from_environment()
-    if ranks.world_size > 1 and not dist.is_initialized():
-        os.environ.setdefault("RANK", str(ranks.rank))
-        os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    if dist.is_initialized() or (ranks.world_size == 1 and not even_alone):
+        return ranks
+    store = _meet(ranks, timedelta(seconds=start_timeout_s))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s)
+    )
     return ranks
+
+
+def _meet(ranks: Ranks, patience: timedelta) -> dist.Store:
+    """A store in which every rank has said that it is there."""
+    host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500"))
+    for name, number in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
+        os.environ.setdefault(name, str(number))  # Slurm has other names; torch and deepspeed look for these
+    try:
+        store = dist.TCPStore(host, port, is_master=ranks.is_first, timeout=patience, wait_for_workers=False)
+        store.set(f"came/{ranks.rank}", "")
+        names = [f"came/{rank}" for rank in range(ranks.world_size)]
+        store.wait(names, patience)
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"{_who_came(ranks, store if ranks.is_first else None, patience)}: is every node started?"
+        ) from error
+    except dist.DistNetworkError as error:
+        raise ValueError(f"rank {ranks.rank} cannot reach rank 0 at {host}:{port}: {error}") from error
+    return store
+
+
+def _who_came(ranks: Ranks, store: dist.Store | None, patience: timedelta) -> str:
+    if store is None:
+        return f"not all of {ranks.world_size} ranks came within {patience.total_seconds():g} s"
+    missing = [str(rank) for rank in range(ranks.world_size) if not store.check([f"came/{rank}"])]
+    return (
+        f"{ranks.world_size - len(missing)} of {ranks.world_size} ranks came within {patience.total_seconds():g} s; "
+        f"missing: rank {', '.join(missing)}"
+    )
 
 
 def stop() -> None:
@@ -119,4 +163,3 @@ def _told(error: Exception | None) -> tuple[bool, str] | None:
 
 def _environment_int(*names: str, default: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), default)
-

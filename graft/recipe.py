@@ -102,9 +102,7 @@ class Lora(Settings):
     r: Positive = 64
     alpha: Positive = 128
     dropout: Share = 0.0  # 0 also spares a copy of each adapter's input
-    target_modules: str = (
-        r"model\.(language_model\.)?layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-    )
+    target_modules: str = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
 class Evaluation(Settings):
@@ -134,6 +132,7 @@ class Run(Settings):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # besides the best
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder layer
+    start_timeout_s: Rate = 300  # for all ranks to come
     timeout_s: Rate = 600  # a collective that waits longer than this ends the run
 
 

@@ -90,9 +90,12 @@ def run(phase: Phase, log: Path) -> int:
     launcher = [deepspeed(), "--num_gpus", str(phase.ranks), "--master_port", str(free_port())]
     line = [*(launcher if phase.ranks else [sys.executable]), *phase.words]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(phase.ranks)
-    ) as process:
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(phase.ranks)
+        ) as process,
+    ):
         for text in process.stdout:
             file.write(text)
             if not NOISE.search(text):

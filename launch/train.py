@@ -41,7 +41,7 @@ LOG = logging.getLogger("graft.train")
 def main(arguments: argparse.Namespace) -> int:
     """Train one stage; returns the exit code."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    ranks = start_process_group(recipe.run.timeout_s)
+    ranks = start_process_group(recipe.run.timeout_s, recipe.run.start_timeout_s)
     try:
         return train(recipe, arguments.stage, arguments.start_from, ranks)
     finally:

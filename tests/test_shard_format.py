@@ -296,6 +296,7 @@ def edit_samples(folder: Path, number: int, **changes: object) -> None:
         {"shard": "other.tar"},
         {"crc32": None},
         {"surprise": 1},
+        {"text": 7},
     ],
 )
 def test_hostile_samples(copied: Path, changes: dict[str, object]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import soundfile
 import torch
 from tiny_bases import qwen2_vl_folder, recipe, whisper_folder
-from transformers import WhisperTokenizer
+from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
 from graft.data.manifest import Utterance, write_manifest
 from graft.model.assemble import assemble, save_trained
@@ -62,8 +63,13 @@ def noise(seconds: float, rate: int, seed: int = 1) -> np.ndarray:
 
 def tiny_whisper(folder: Path) -> Path:
     """A tiny random Whisper with a tokenizer, so that its own decoder can be heard."""
-    whisper_folder(folder)
-    letters = ["<pad>", "<|startoftranscript|>", "<|endoftext|>", *map(chr, range(ord("0"), ord("0") + 61))]
+    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder(folder))
+    with torch.no_grad():  # a decoder that hears: fresh weights would say the same of everything
+        for name, parameter in model.model.decoder.named_parameters():
+            if "encoder_attn" in name:
+                parameter.normal_(std=0.7, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    letters = ["<pad>", "<|startoftranscript|>", "<|endoftext|>", *(string.ascii_letters + string.digits)[:61]]
     tokenizer = WhisperTokenizer(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
     tokenizer.save_pretrained(folder)
     settings = {"eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "is_multilingual": False}

@@ -18,6 +18,7 @@ F: encoder frames of 20 ms    D: numbers per frame
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import zlib
@@ -33,7 +34,8 @@ import torch
 FORMAT = 1
 INDEX, SAMPLES, REJECTS, PARTS = "index.json", "samples.jsonl", "rejects.jsonl", "parts"
 TENSOR, SCALE = "audio_features", "scale"
-DTYPES = {"bfloat16": ("BF16", torch.bfloat16, 2), "int8": ("I8", torch.int8, 1)}  # name -> in the file, torch, bytes
+DTYPES = {"bfloat16": ("BF16", 2), "int8": ("I8", 1)}  # in a recipe -> in a safetensors header, bytes
+TORCH_DTYPES = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32}
 MOST_HEADER_BYTES = 4096  # of a sample's safetensors header: ours take 80 to 200
 MOST_OPEN_SHARDS = 64
 
@@ -125,25 +127,20 @@ def encode(features: torch.Tensor, dtype: str) -> bytes:
 
 
 def decode(data: bytearray, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
-    """Features (F, D) in bf16 from safetensors bytes, whose header must say what the index says."""
-    stored_as, torch_dtype, _ = DTYPES[dtype]
-    wanted = {TENSOR: (stored_as, [entry.num_frames, frame_size])}
-    if dtype == "int8":
-        wanted[SCALE] = ("F32", [entry.num_frames])
+    """Features (F, D) in bf16 from safetensors bytes, whose header must be exactly what the index makes of it."""
     start, header = _header(data, entry)
-    found = {name: (tensor.get("dtype"), tensor.get("shape")) for name, tensor in header.items()}
-    if found != wanted:
-        raise damaged(entry.shard, f"'{entry.id}' holds {found}, the index says {wanted}")
-    tensor = _tensor(data, start, header[TENSOR], torch_dtype, entry)
+    wanted = _layout(entry.num_frames, frame_size, dtype)
+    if header != wanted or len(data) - start != sample_size(entry.num_frames, frame_size, dtype):
+        raise damaged(entry.shard, f"'{entry.id}' holds {str(header)[:200]}, the index says {wanted}")
+    tensors = {name: _tensor(data, start, wanted[name]) for name in wanted}
     if dtype == "bfloat16":
-        return tensor
-    scale = _tensor(data, start, header[SCALE], torch.float32, entry)
-    return (tensor.float() * scale[:, None]).to(torch.bfloat16)
+        return tensors[TENSOR]
+    return (tensors[TENSOR].float() * tensors[SCALE][:, None]).to(torch.bfloat16)
 
 
 def sample_size(num_frames: int, frame_size: int, dtype: str) -> int:
     """Bytes of the tensors of one sample, without headers."""
-    return num_frames * (frame_size * DTYPES[dtype][2] + (4 if dtype == "int8" else 0))
+    return num_frames * (frame_size * DTYPES[dtype][1] + (4 if dtype == "int8" else 0))
 
 
 def shard_name(split: str, number: int) -> str:
@@ -236,10 +233,15 @@ def _read_entries(folder: Path, index: Mapping[str, Any]) -> list[SampleEntry]:
     sizes = {shard["file"]: shard["size"] for shard in index["shards"]}
     names = {name: name for name in sizes}  # one string per shard, not one per sample
     entries = []
-    for line in data.decode("utf-8").splitlines():
-        fields = json.loads(line)
-        entry = SampleEntry(**fields | {"shard": names.get(fields["shard"], fields["shard"])})
-        _check_entry(entry, sizes, index)
+    for number, line in enumerate(data.decode("utf-8").split("\n")[:-1], start=1):
+        try:
+            fields = json.loads(line)
+            entry = SampleEntry(**fields | {"shard": names.get(fields["shard"], fields["shard"])})
+            _check_entry(entry, sizes, index)
+        except DamagedShard:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedShard(f"{path}:{number}: {type(error).__name__}: {error}") from error
         entries.append(entry)
     if len(entries) != index["num_samples"]:
         raise DamagedShard(f"{path}: {len(entries)} samples, the index says {index['num_samples']}")
@@ -250,38 +252,42 @@ def _check_entry(entry: SampleEntry, sizes: Mapping[str, int], index: Mapping[st
     """The place of a sample is inside its shard and its size follows from its frames: no read is larger."""
     for name in ("num_frames", "offset", "size", "crc32"):
         _check_whole(getattr(entry, name), name)
+    for name in ("id", "key", "text"):
+        if not isinstance(getattr(entry, name), str):
+            raise ValueError(f"{name} is {getattr(entry, name)!r}, expected a string")
     tensors = sample_size(entry.num_frames, index["frame_size"], index["dtype"])
     inside = entry.shard in sizes and entry.offset + entry.size <= sizes[entry.shard]
     if not inside or not tensors < entry.size <= tensors + MOST_HEADER_BYTES or entry.num_frames < 1:
         raise damaged(entry.shard, f"'{entry.id}' has an impossible place or size in {index['samples']['file']}")
 
 
-def _header(data: bytearray, entry: SampleEntry) -> tuple[int, dict[str, dict[str, Any]]]:
+def _layout(num_frames: int, frame_size: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """The safetensors header of a sample: the tensors of wider numbers come first."""
+    stored_as, width = DTYPES[dtype]
+    scale_end = 4 * num_frames if dtype == "int8" else 0
+    end = scale_end + num_frames * frame_size * width
+    layout = {TENSOR: {"dtype": stored_as, "shape": [num_frames, frame_size], "data_offsets": [scale_end, end]}}
+    if dtype == "int8":
+        layout[SCALE] = {"dtype": "F32", "shape": [num_frames], "data_offsets": [0, scale_end]}
+    return layout
+
+
+def _header(data: bytearray, entry: SampleEntry) -> tuple[int, Any]:
     """Where the tensors begin and what the safetensors header says of them."""
     length = int.from_bytes(data[:8], "little")
     if length > MOST_HEADER_BYTES or 8 + length > len(data):
         raise damaged(entry.shard, f"'{entry.id}' has a header of {length} bytes")
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        if not all(isinstance(tensor, dict) for tensor in header.values()):
-            raise ValueError("not tensors")
-    except (ValueError, AttributeError) as error:
+        return 8 + length, json.loads(bytes(data[8 : 8 + length]))
+    except (ValueError, RecursionError) as error:
         raise damaged(entry.shard, f"'{entry.id}' has an unreadable header") from error
-    return 8 + length, header
 
 
-def _tensor(
-    data: bytearray, start: int, header: Mapping[str, Any], dtype: torch.dtype, entry: SampleEntry
-) -> torch.Tensor:
-    """A view into ``data``; its extent must be that of its shape and lie within the bytes."""
-    shape, (begin, end) = header["shape"], header["data_offsets"]
-    count = 1
-    for size in shape:
-        count *= size
-    if not 0 <= begin <= end <= len(data) - start or end - begin != count * dtype.itemsize:
-        raise damaged(entry.shard, f"'{entry.id}' has tensors outside its bytes")
-    return torch.frombuffer(data, dtype=dtype, offset=start + begin, count=count).reshape(shape)
+def _tensor(data: bytearray, start: int, layout: Mapping[str, Any]) -> torch.Tensor:
+    """A view into ``data``, which is neither copied nor unpickled."""
+    (begin, _), shape = layout["data_offsets"], layout["shape"]
+    dtype = TORCH_DTYPES[layout["dtype"]]
+    return torch.frombuffer(data, dtype=dtype, offset=start + begin, count=math.prod(shape)).reshape(shape)
 
 
 class _OpenShards:

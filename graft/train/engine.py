@@ -16,15 +16,13 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.ranks import Ranks
+from graft.ranks import Ranks, start
 from graft.recipe import Stage
 
 OWNED_BY_THE_RECIPE = {
@@ -69,9 +67,7 @@ class Engine:
         assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained parameters must be fp32"
         groups = _groups(self.trained, learning_rates)
         self._peaks = [group["lr"] for group in groups]
-        adam = torch.optim.AdamW(
-            groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-        )
+        adam = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config)
         self._create_moments()
 
@@ -151,25 +147,19 @@ class Engine:
         self._engine.destroy()
 
 
-def start_process_group(timeout_s: float) -> Ranks:
+def start_process_group(timeout_s: float, start_timeout_s: float) -> Ranks:
     """Join the other ranks of a training run: gradients by NCCL between GPUs, by gloo between CPUs.
 
-    A collective that waits longer than ``timeout_s`` ends the run instead of hanging it.
+    Raises:
+        ValueError: when ranks do not come within ``start_timeout_s``, or this one has no GPU of its own.
     """
-    ranks = Ranks.from_environment()
-    for name, value in {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if ranks.world_size > 1 else "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning on every rank
-    device = ranks.device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts go through the CPU's
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return ranks
+        return start(timeout_s=timeout_s, start_timeout_s=start_timeout_s, even_alone=True)
+    torch.cuda.set_device(Ranks.from_environment().device())
+    # Counts and texts go through the CPU's backend: they must not wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl"
+    return start(backend=backend, timeout_s=timeout_s, start_timeout_s=start_timeout_s, even_alone=True)
 
 
 def resolve_ds_config(path: str | Path, settings: Stage) -> dict[str, Any]:
