@@ -37,6 +37,13 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "dev": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.17", "setuptools>=77"],
+        "dev": [
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.100",
+            "ruff>=0.17",
+            "setuptools>=77",
+        ],
     },
 )

@@ -30,6 +30,7 @@ from graft import command, lengths
 from graft.data.audio import load_audio, windows
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
+from graft.data.text import clean_text
 from graft.evaluation.transcribe import generate, inferring
 from graft.model.assemble import DTYPES, assemble, load_trained
 from graft.model.encoder import SpeechEncoder
@@ -152,7 +153,7 @@ def tell(result: Result, as_json: bool) -> None:
     if as_json:
         print(result.as_json(), flush=True)
     elif not result.error:
-        print(f"{result.path}: {result.text}", flush=True)
+        print(f"{result.path}: {clean_text(result.text)}", flush=True)  # one line, whatever the model wrote
 
 
 def arguments_parser() -> argparse.ArgumentParser:

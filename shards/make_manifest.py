@@ -19,7 +19,6 @@ import logging
 import random
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np  # noqa: E402
 
 from graft import command  # noqa: E402
 from graft.data.audio import AudioError, check_length, header_duration, read_pcm, write_pcm  # noqa: E402
-from graft.data.manifest import Reject, Utterance, read_manifest, write_manifest, write_rejects  # noqa: E402
+from graft.data.manifest import Reject, Utterance, common, read_manifest, write_manifest, write_rejects  # noqa: E402
 from graft.data.progress import clock, track  # noqa: E402
 from graft.data.text import clean_text  # noqa: E402
 
@@ -46,7 +45,6 @@ FSDD_NAME = re.compile(r"(\d)_([^_]+)_(\d+)")  # digit, speaker, index
 FSDD_TEST = range(5)  # of each digit and speaker, indices 0-4 are the data set's own test split
 PAUSE_S = (0.05, 0.25)
 FEWEST_DIGITS, MOST_DIGITS = 2, 5
-SHOWN_REASONS = 5
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -54,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if not source.exists():
         raise ValueError(f"{source} does not exist")
-    found = arguments.collect(source, arguments)
+    found = COLLECTORS[arguments.form](source, arguments)
     found = _without_twins([_with_duration(item, number) for number, item in enumerate(track(found, "headers"), 1)])
     utterances = [item for item in found if isinstance(item, Utterance)]
     rejects = [item for item in found if isinstance(item, Reject)]
@@ -151,12 +149,9 @@ def _without_twins(found: Sequence[Found]) -> list[Found]:
 
 def _report(output: Path, utterances: Sequence[Utterance], rejects: Sequence[Reject], rejects_path: Path) -> None:
     total = sum(utterance.duration or 0.0 for utterance in utterances)
-    LOG.info("%s: %d utterances, %s (h:mm:ss) of audio", output, len(utterances), clock(total))
+    LOG.info("%s: %d utterances, %s of audio", output, len(utterances), clock(total))
     if rejects:
-        LOG.info("%d rejected, listed in %s:", len(rejects), rejects_path)
-        reasons = Counter(reject.reason.rsplit(": ", 1)[-1] for reject in rejects)
-        for reason, count in reasons.most_common(SHOWN_REASONS):
-            LOG.info("  %6d  %s", count, reason)
+        LOG.info("%d rejected, listed in %s: %s", len(rejects), rejects_path, common(r.reason for r in rejects))
 
 
 def _of_folder(path: Path, source: Path, listed: dict[str, str], number: int) -> Found:
@@ -167,7 +162,7 @@ def _of_folder(path: Path, source: Path, listed: dict[str, str], number: int) ->
     except UnicodeDecodeError:
         return Reject(number, name, f"{beside}: not UTF-8")
     if text is None:
-        return Reject(number, name, f"{path}: no transcript: neither {beside.name} nor a line in a *.trans.txt")
+        return Reject(number, name, f"{path}: no transcript, neither a .txt of its name nor a line in a *.trans.txt")
     return Utterance(name, path, None, clean_text(text))
 
 
@@ -324,31 +319,22 @@ def _join(path: Path, utterance_id: str, group: Sequence[Recording], pauses: Seq
     return Utterance(utterance_id, path, None, text, speaker=group[0].speaker)
 
 
+COLLECTORS = {"folder": from_folder, "jsonl": from_jsonl, "kaldi": from_kaldi, "fsdd": from_fsdd}
+
+
 def _arguments() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="folder|jsonl|kaldi|fsdd")
-    for name, collect in (
-        ("folder", from_folder),
-        ("jsonl", from_jsonl),
-        ("kaldi", from_kaldi),
-        ("fsdd", from_fsdd),
-    ):
-        kind = kinds.add_parser(name, help=collect.__doc__.split("\n")[0])
-        kind.add_argument("source", metavar="SOURCE")
-        kind.add_argument("--output", required=True, metavar="M.jsonl")
-        kind.set_defaults(collect=collect)
-        if name == "fsdd":
-            _fsdd_arguments(kind)
+    parser.add_argument("form", choices=COLLECTORS, help="what SOURCE is")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--output", required=True, metavar="M.jsonl")
+    digits = parser.add_argument_group("fsdd only")
+    digits.add_argument("--split", choices=("train", "test", "all"), default="train")
+    digits.add_argument("--seed", type=int, default=1, metavar="N")
+    digits.add_argument("--speakers", nargs="+", metavar="NAME", help="only these")
+    digits.add_argument("--leave-out", nargs="+", metavar="NAME", help="all but these")
+    digits.add_argument("--max-seconds", type=float, default=3.9, metavar="S", help="longest utterance (default 3.9)")
+    digits.add_argument("--passes", type=int, default=1, metavar="N", help="times each recording is used (default 1)")
     return parser
-
-
-def _fsdd_arguments(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--split", choices=("train", "test", "all"), default="train")
-    kind.add_argument("--seed", type=int, default=1, metavar="N")
-    kind.add_argument("--speakers", nargs="+", metavar="SPEAKER", help="only these")
-    kind.add_argument("--leave-out", nargs="+", metavar="SPEAKER", help="all but these")
-    kind.add_argument("--max-seconds", type=float, default=3.9, help="longest utterance (default 3.9)")
-    kind.add_argument("--passes", type=int, default=1, help="times each recording is used (default 1)")
 
 
 if __name__ == "__main__":

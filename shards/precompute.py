@@ -23,7 +23,6 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from graft import command, lengths  # noqa: E402
 from graft import ranks as processes  # noqa: E402
 from graft.data.audio import AudioError, load_audio, windows  # noqa: E402
 from graft.data.loader import Prefetcher  # noqa: E402
-from graft.data.manifest import Manifest, Utterance, read_manifest  # noqa: E402
+from graft.data.manifest import Manifest, Utterance, common, read_manifest  # noqa: E402
 from graft.data.progress import Meter, clock  # noqa: E402
 from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size  # noqa: E402
 from graft.data.shard_writer import (  # noqa: E402
@@ -67,7 +66,6 @@ HEARTBEAT_S = 2.0  # between two looks at the other ranks
 FILE_SYSTEM_S = 60.0  # within this, what one node has written is seen by another
 DECODERS = 2  # threads that read and resample ahead of the encoder
 OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar headers, JSON, padding
-SHOWN_REASONS = 3
 
 Result = TypeVar("Result")
 
@@ -422,12 +420,6 @@ def _read_told(path: Path) -> dict[str, float]:
 def failure_file(folder: Path) -> Path:
     """Its presence tells every rank that one has failed."""
     return folder / PARTS / ".failed"
-
-
-def common(reasons: Sequence[str]) -> str:
-    """The most frequent reasons, an example each, with their counts."""
-    kinds = Counter(reason.rsplit(": ", 1)[-1] for reason in reasons)
-    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(SHOWN_REASONS))
 
 
 def readable(size: float) -> str:

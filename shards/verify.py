@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import sys
 import tarfile
 import zlib
@@ -34,9 +33,8 @@ from graft import command  # noqa: E402
 from graft.data.progress import Meter, clock  # noqa: E402
 from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, decode  # noqa: E402
 
-LOG = logging.getLogger("graft.verify")
-
 BLOCK = 1 << 22  # bytes read at once
+LOG_WIDTH = 120  # columns where there is no terminal
 READERS = 2  # threads; hashing and reading leave Python's lock
 
 
@@ -165,7 +163,7 @@ def _print(verified: Sequence[Verified]) -> None:
         state = "[red]DAMAGED[/red]" if one.faults else "ok"
         numbers = [f"{one.num_samples:,}", f"{one.num_rejects:,}", clock(one.audio_s), f"{one.num_shards:,}"]
         table.add_row(one.name, *numbers, f"{one.size / 1e9:.3f}", one.dtype, one.encoder, state)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -41,7 +41,9 @@ class Outcome:
 
     def __str__(self) -> str:
         words = " ".join(self.command)
-        return f"{words}\nexit code {self.returncode}\n--- stdout\n{_tail(self.stdout)}\n--- stderr\n{_tail(self.stderr)}"
+        return (
+            f"{words}\nexit code {self.returncode}\n--- stdout\n{_tail(self.stdout)}\n--- stderr\n{_tail(self.stderr)}"
+        )
 
 
 Command = Callable[..., Outcome]

@@ -16,15 +16,16 @@ from graft.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FOLDERS = ("launch", "shards")
-BASE = {"graft.lengths", "graft.ranks", "graft.recipe", "graft.tracker", "graft.command"}
+BASE = {"graft.lengths", "graft.ranks", "graft.recipe", "graft.tracker", "graft.command", "graft.run_dir"}
 # A room may import itself, its row here, and the base modules.
 ALLOWED = {
     "graft.train": {"graft.data", "graft.model"},
     "graft.evaluation": {"graft.data", "graft.model"},
     "graft.data": set(),
     "graft.model": set(),
+    "graft.sources": {"graft.data", "graft.model"},  # where the two meet; only run files import it
 }
-MAX_FUNCTION_LINES = 60
+MAX_BODY_LINES = 40  # of a function, without its signature and docstring
 MAX_FILE_LINES = 500
 # Heavy or optional packages have one owner: the module that needs them.
 OWNERS = {
@@ -128,12 +129,16 @@ def test_nothing_imports_a_run_folder() -> None:
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_heavy_packages_have_one_owner(package: str) -> None:
-    users = {name for name in python_files("graft", *RUN_FOLDERS) if package in {m.split(".")[0] for m in imported(name)}}
+    users = {
+        name for name in python_files("graft", *RUN_FOLDERS) if package in {m.split(".")[0] for m in imported(name)}
+    }
     assert users <= OWNERS[package]
 
 
 def test_init_files_are_empty() -> None:
-    wrong = [name for name in python_files("graft") if name.endswith("__init__.py") and (ROOT / name).read_text().strip()]
+    wrong = [
+        name for name in python_files("graft") if name.endswith("__init__.py") and (ROOT / name).read_text().strip()
+    ]
     assert not wrong
 
 
@@ -149,26 +154,33 @@ def test_library_code_never_prints() -> None:
     assert not wrong
 
 
+REGISTRATIONS = {"register", "add_implicit_resolver"}  # a class made known to its own framework
+
+
+def has_effect(node: ast.stmt) -> bool:
+    """Whether a statement at module level does something instead of defining something."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        called = node.value.func
+        return not (isinstance(called, ast.Attribute) and called.attr in REGISTRATIONS)
+    return isinstance(node, ast.For | ast.While | ast.With | ast.Try)
+
+
 def test_imports_have_no_effect() -> None:
-    """Module level holds definitions and constants: no bare call, loop, or with."""
-    effects = (ast.For, ast.While, ast.With, ast.Try)
     wrong = [
-        f"{name}:{node.lineno}"
-        for name in python_files("graft")
-        for node in syntax(name).body
-        if isinstance(node, effects) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+        f"{name}:{node.lineno}" for name in python_files("graft") for node in syntax(name).body if has_effect(node)
     ]
-    assert not wrong, wrong
+    assert not wrong
 
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def public_definitions(node: ast.AST) -> Iterator[Definition]:
-    """Public functions and classes of a module, and public methods of public classes."""
+    """Public functions and classes of a module, public methods of public classes; a class may speak for ``forward``."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition) and not child.name.startswith("_"):
-            yield child
+            if not (isinstance(node, ast.ClassDef) and child.name == "forward"):
+                yield child
             if isinstance(child, ast.ClassDef):
                 yield from public_definitions(child)
 
@@ -186,18 +198,24 @@ def test_public_names_have_docstrings() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from the first statement after its docstring."""
+    first, *rest = function.body
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = rest[0] if is_docstring and rest else first
+    return (function.end_lineno or 0) - start.lineno + 1
+
+
 def test_functions_and_files_stay_short() -> None:
     names = [name for name in tracked_files() if name.endswith(".py")]
     wrong = [
-        f"{name}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        f"{name}:{node.lineno}: the body of {node.name} has {body_length(node)} lines"
         for name in names
         for node in ast.walk(syntax(name))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_length(node) > MAX_BODY_LINES
     ]
-    for name in names:
-        num_lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        wrong += [f"{name} has {num_lines} lines"] * (num_lines > MAX_FILE_LINES)
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names}
+    wrong += [f"{name} has {length} lines" for name, length in lengths.items() if length > MAX_FILE_LINES]
     assert not wrong, "\n".join(wrong)
 
 
@@ -237,8 +255,7 @@ def test_torch_load_is_not_used() -> None:
     """Weights, checkpoints and features are safetensors: nothing of ours opens a pickle, however guarded."""
     wrong = [
         f"{name}:{node.lineno}"
-        for name in tracked_files()
-        if name.endswith(".py")
+        for name in python_files("graft", *RUN_FOLDERS)
         for node in ast.walk(syntax(name))
         if isinstance(node, ast.Attribute)
         and node.attr in {"load", "save"}
@@ -273,7 +290,7 @@ def file_map() -> list[str]:
 
 
 def test_readme_maps_every_file() -> None:
-    """One line per file, path first; ``folder/`` stands for all below it (tests, data, the empty __init__ files are free)."""
+    """One line per file, path first; ``folder/`` stands for all below it; the empty __init__ files are left out."""
     listed = file_map()
     assert len(listed) == len(set(listed)), "a path stands twice in the file map"
     folders = tuple(path for path in listed if path.endswith("/"))
@@ -290,6 +307,6 @@ def test_readme_folders_hide_no_library_file() -> None:
 
 def test_importing_the_library_is_light() -> None:
     """Settings and lengths are read by tools that have no need of torch's friends."""
-    code = "import sys, graft.lengths, graft.recipe; print([m for m in ('deepspeed', 'transformers', 'peft') if m in sys.modules])"
+    code = "import sys, graft.lengths, graft.recipe; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"torch", "deepspeed", "transformers", "peft"} & set(done.stdout.split())

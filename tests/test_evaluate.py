@@ -355,18 +355,18 @@ def test_a_damaged_checkpoint_is_refused(command: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_ranks_by_the_launcher(run_dir: Path, run_launcher: Callable, tmp_path: Path) -> None:
+def test_two_ranks_by_the_launcher(
+    command: ModuleType, run_dir: Path, run_launcher: Callable, run_python: Callable, tmp_path: Path
+) -> None:
     """Same transcripts from shards on two ranks as online on one."""
-    script, words = ROOT / "launch" / "evaluate.py", ["--checkpoint", run_dir, "--split", "test", "--base-whisper"]
-    run_launcher(ROOT / "shards" / "precompute.py", run_dir / "recipe.yaml", "data.features=shards", ranks=1)
-    outcome = run_launcher(script, *words, "--output", tmp_path / "two", "data.features=shards", ranks=2)
+    run_python(ROOT / "shards" / "precompute.py", run_dir / "recipe.yaml")
+    words = ["--checkpoint", run_dir, "--split", "test", "--base-whisper", "--output"]
+    outcome = run_launcher(ROOT / "launch" / "evaluate.py", *words, tmp_path / "two", "data.features=shards")
     assert outcome.stdout.count("written:") == 1, "one rank speaks"
-    run_launcher(script, *words, "--output", tmp_path / "one", ranks=1)
+    command.main(parsed(command, *words, tmp_path / "one"))
     (two, two_lines), (one, one_lines) = results(tmp_path / "two"), results(tmp_path / "one")
     assert (two["num_ranks"], one["num_ranks"]) == (2, 1)
     assert [line["pred_text"] for line in two_lines] == [line["pred_text"] for line in one_lines]
     same = ("wer", "cer", "hits", "wer_swapped", "wer_encoder_base", "num_label_tokens", "wer_interval_95")
     assert {name: two[name] for name in same} == {name: one[name] for name in same}
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    missing = run_launcher(script, "--checkpoint", tmp_path / "none", "--split", "test", expect=None)
-    assert missing.returncode != 0 and missing.stderr.count("does not exist") == 1

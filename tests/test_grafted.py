@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
-from graft.model.assemble import Assembled, assemble, load_trained, save_trained
+from graft.model.assemble import Assembled, assemble, export, load_trained, save_trained
 from graft.model.encoder import SpeechEncoder
 from graft.model.grafted import AudioGraftForConditionalGeneration, label_positions
 from graft.model.lora import add_lora, enable_lora, is_lora_name, merge_lora
@@ -271,6 +271,16 @@ def test_an_earlier_generate_leaves_nothing_behind(graft: Assembled) -> None:
     torch.testing.assert_close(clean[:, -1], whole[:, -1], rtol=0, atol=1e-5)
 
 
+def test_right_padding_needs_no_mask(graft: Assembled) -> None:
+    """Training may leave the mask out, which keeps the fast causal kernels: padding behind is never looked at."""
+    texts, waves = [f"{AUDIO}Write.abcde", f"{AUDIO}xyz"], [waveform(5_000, 1), waveform(900, 2)]
+    inputs = graft.processor(text=texts, audio=waves, padding_side="right")
+    with_mask = logits(graft.model, **inputs)
+    without = logits(graft.model, **{name: value for name, value in inputs.items() if name != "attention_mask"})
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(without[real], with_mask[real], rtol=0, atol=1e-5)
+
+
 # --- the loss
 
 
@@ -402,6 +412,49 @@ def test_round_trip_through_a_folder(folders: tuple[Path, Path], tmp_path: Path,
     assert state.keys() == read.keys() and all(torch.equal(state[name], read[name]) for name in state)
     inputs = AutoProcessor.from_pretrained(tmp_path / "out").apply_transcription_request([waveform(5_000)])
     assert generate(again, inputs) == generate(model, processor.apply_transcription_request([waveform(5_000)]))
+
+
+def test_an_exported_graft_transcribes_in_five_lines(tmp_path: Path) -> None:
+    """bf16 bases, both stages: adapters merged, one precision, and the Auto classes read it back bit for bit."""
+    whisper = tiny.whisper_folder(tmp_path / "w", dtype=torch.bfloat16)
+    recipe = tiny.recipe(whisper, tiny.qwen2_vl_folder(tmp_path / "q", dtype=torch.bfloat16), run={"precision": "bf16"})
+    assembled = assemble(recipe, with_encoder=True)
+    add_lora(assembled.model, recipe.lora)
+    for parameter in select_trainable(assembled.model, 2).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    export(tmp_path / "out", assembled)
+
+    model, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor.apply_transcription_request(waveform(9_000))
+    text = processor.batch_decode(model.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
+
+    assert isinstance(text[0], str) and not any(info.values()), info
+    state, read = assembled.model.state_dict(), model.state_dict()
+    assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
+    assert state.keys() == read.keys() and all(torch.equal(state[name], read[name]) for name in state)
+    assert model.generation_config.max_new_tokens == 256 and not model.generation_config.do_sample
+
+
+def test_what_could_not_be_read_back_is_not_saved(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = tiny.recipe(*folders)
+    assembled = assemble(recipe)
+    with pytest.raises(ValueError, match="with_encoder=True"):
+        export(tmp_path, assembled)
+    add_lora(assembled.model, recipe.lora)
+    with pytest.raises(ValueError, match="carries adapters"):
+        assembled.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_audio_tower_has_no_dropout_while_others_train(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    whisper = tiny.whisper_folder(tmp_path / "w", dropout=0.5, encoder_layerdrop=0.5)
+    assembled = assemble(tiny.recipe(whisper, folders[1]), with_encoder=True)
+    inputs = assembled.processor(text=AUDIO, audio=waveform(5_000))
+    expected = logits(assembled.model.eval(), **inputs)
+    assembled.model.train()
+    assert assembled.model.model.language_model.training
+    assert all(torch.equal(logits(assembled.model, **inputs), expected) for _ in range(3))
 
 
 def test_round_trip_without_the_tower(folders: tuple[Path, Path], tmp_path: Path) -> None:

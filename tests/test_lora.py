@@ -134,6 +134,23 @@ def test_fresh_adapters_change_nothing(model: AudioGraftForConditionalGeneration
     assert len(adapters) == 28 and {p.dtype for p in adapters} == {torch.float32}
 
 
+def test_the_seed_alone_decides_the_adapters(recipe: Recipe) -> None:
+    """Ranks make them apart: whatever a process has drawn before must not matter. A spreads as PEFT's does."""
+
+    def made(seed: int, drawn_before: int) -> dict[str, torch.Tensor]:
+        model = assemble(recipe).model
+        torch.manual_seed(drawn_before)
+        add_lora(model, recipe.lora, seed=seed)
+        return {name: p for name, p in model.named_parameters() if is_lora_name(name)}
+
+    one, same, other = made(5, 1), made(5, 2), made(6, 1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all(torch.equal(one[name], other[name]) == ("lora_B" in name) for name in one)
+    down = one["model.language_model.layers.1.mlp.down_proj.lora_A.default.weight"]
+    bound = 80**-0.5
+    assert 0.9 * bound < down.abs().max() <= bound and abs(down.std() / (bound / 3**0.5) - 1) < 0.1
+
+
 def test_injecting_leaves_who_trains_alone(model: AudioGraftForConditionalGeneration, recipe: Recipe) -> None:
     """PEFT would freeze the projector."""
     model.model.multi_modal_projector.requires_grad_(True)

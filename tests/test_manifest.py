@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.data.manifest import Reject, Utterance, parse_line, read_manifest, sample_key, write_manifest, write_rejects
+from graft.data.manifest import (
+    Reject,
+    Utterance,
+    common,
+    parse_line,
+    read_manifest,
+    sample_key,
+    write_manifest,
+    write_rejects,
+)
 
 
 def manifest(folder: Path, *lines: Any, audio: tuple[str, ...] = ("a.wav", "b.wav", "c.wav")) -> Path:
@@ -195,6 +204,10 @@ def test_a_manifest_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_rejects_are_written(tmp_path: Path) -> None:
     write_rejects(tmp_path / "r.jsonl", [Reject(3, "é", "empty text")])
     assert (tmp_path / "r.jsonl").read_text("utf-8") == '{"line": 3, "id": "é", "reason": "empty text"}\n'
+
+
+def test_common_reasons() -> None:
+    assert common(["a.wav: torn", "empty text", "b.wav: torn", "x: y: torn"]) == "3 x torn; 1 x empty text"
 
 
 def test_keys_hold_nothing_that_webdataset_cuts_at() -> None:

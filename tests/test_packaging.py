@@ -65,8 +65,14 @@ def test_every_imported_package_is_required() -> None:
     own = {"graft", "launch", "shards"} | set(sys.stdlib_module_names)
     from test_architecture import imported, python_files
 
-    used = {(name, module.split(".")[0]) for name in python_files("graft", "launch", "shards") for module in imported(name)}
-    wrong = [f"{name}: {module}" for name, module in sorted(used) if module not in own and not owners.get(module, set()) & required]
+    used = {
+        (name, module.split(".")[0]) for name in python_files("graft", "launch", "shards") for module in imported(name)
+    }
+    wrong = [
+        f"{name}: {module}"
+        for name, module in sorted(used)
+        if module not in own and not owners.get(module, set()) & required
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -81,7 +87,18 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("sets", "__pycache__"))
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, copy / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(copy)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(copy),
+    ]
     run_command(build)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -97,7 +114,9 @@ def test_the_only_top_level_name_is_graft(unpacked_wheel: Path) -> None:
 def test_the_wheel_holds_every_source(unpacked_wheel: Path) -> None:
     from test_architecture import tracked_files
 
-    sources = [name for name in tracked_files() if re.fullmatch(r"(graft|launch|shards)/.*\.py|ds_configs/.*\.json", name)]
+    sources = [
+        name for name in tracked_files() if re.fullmatch(r"(graft|launch|shards)/.*\.py|ds_configs/.*\.json", name)
+    ]
     inside = [name if name.startswith("graft/") else f"graft/{name}" for name in sources]
     assert inside
     assert [name for name in inside if not (unpacked_wheel / name).is_file()] == []
@@ -126,5 +145,12 @@ def test_run_files_start_from_a_bare_clone(module: str, run_python: Command, tmp
 def test_there_are_run_files() -> None:
     if not (ROOT / "launch" / "train.py").exists():
         pytest.skip("launch/train.py is not written yet")
-    expected = {"launch.train", "launch.evaluate", "launch.transcribe", "shards.make_manifest", "shards.precompute", "shards.verify"}
+    expected = {
+        "launch.train",
+        "launch.evaluate",
+        "launch.transcribe",
+        "shards.make_manifest",
+        "shards.precompute",
+        "shards.verify",
+    }
     assert expected <= set(run_files())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,18 @@ def test_images_of_a_base_without_image_settings(folders: tuple[Path, Path], tmp
     processor = assemble(tiny.recipe(folders[0], blind), meta=True).processor
     with pytest.raises(ValueError, match="takes no images"):
         processor(text="<|image_pad|>", images=picture())
+
+
+def test_image_settings_in_the_new_files_place(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers 5 writes them into processor_config.json, with sizes under other names."""
+    qwen = tiny.qwen2_vl_folder(tmp_path / "q", images=False)
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
+    settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "size": size}
+    nested = {"image_processor": {**settings, "image_processor_type": "Qwen2VLImageProcessor"}}
+    (qwen / "processor_config.json").write_text(json.dumps(nested))
+    processors = [assemble(tiny.recipe(folders[0], folder), meta=True).processor for folder in (qwen, folders[1])]
+    new, old = (p(text="<|image_pad|>", images=picture(300, 500))["pixel_values"] for p in processors)
+    assert torch.equal(new, old)
 
 
 @pytest.mark.parametrize(

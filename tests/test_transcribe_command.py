@@ -46,7 +46,7 @@ def parsed(command: ModuleType, *words: object) -> Namespace:
 
 def told(out: str) -> dict[str, str]:
     """Text by path, from the lines on stdout."""
-    return dict(line.split(": ", 1) if ": " in line else (line.removesuffix(":"), "") for line in out.splitlines())
+    return {path: text for path, _, text in (line.partition(": ") for line in out.splitlines())}
 
 
 def scribe(command: ModuleType, run_dir: Path, instruction: str | None = None) -> object:
@@ -126,7 +126,7 @@ def test_longer_than_the_window_is_joined(
     heard = made.hear(str(tmp_path / "long.wav"))
     pieces = [waveform[:WINDOW_SAMPLES], waveform[WINDOW_SAMPLES : 2 * WINDOW_SAMPLES], waveform[2 * WINDOW_SAMPLES :]]
     assert heard.num_windows == 3 and len(heard.audio_features) == 115  # 2.3 s of 50 frames, none lost
-    assert torch.equal(heard.audio_features, torch.cat([made.encoder.encode([piece])[0] for piece in pieces]))
+    assert torch.equal(heard.audio_features, torch.cat(made.encoder.encode(pieces)))
     assert "longer than the 1 s this model was trained on" in capsys.readouterr().err
     (result,) = made.transcribe([str(tmp_path / "long.wav")])
     assert result.error is None and result.duration == pytest.approx(2.3)
@@ -148,18 +148,23 @@ def test_longer_than_the_language_model_can_take(command: ModuleType, run_dir: P
     assert "60 s need" in result.error and "the language model has 512: cut the file" in result.error
 
 
+def prompts_of(made: object, sound: Path) -> str:
+    """What the model is asked when ``sound`` is transcribed."""
+    asked, original = [], made.model.generate
+
+    def listen(**inputs: torch.Tensor) -> torch.Tensor:
+        asked.append(made.template.processor.tokenizer.decode(inputs["input_ids"][0]))
+        return original(**inputs)
+
+    made.model.generate = listen
+    list(made.transcribe([str(sound)]))
+    return "".join(asked)
+
+
 def test_another_instruction_is_in_the_prompt(command: ModuleType, run_dir: Path, sounds: list[Path]) -> None:
-    plain, other = scribe(command, run_dir), scribe(command, run_dir, "What language is this?")
-    asked = []
-    for made in (plain, other):
-        original = made.model.generate
-
-        def listen(original: Callable = original, **inputs: torch.Tensor) -> torch.Tensor:
-            asked.append(made.template.processor.tokenizer.decode(inputs["input_ids"][0]))
-            return original(**inputs)
-
-        made.model.generate = listen
-        list(made.transcribe([str(sounds[0])]))
+    asked = [
+        prompts_of(scribe(command, run_dir, instruction), sounds[0]) for instruction in (None, "What language is this?")
+    ]
     assert "Transcribe the speech." in asked[0] and "What language is this?" not in asked[0]
     assert "What language is this?" in asked[1] and "Transcribe the speech." not in asked[1]
 
@@ -168,8 +173,10 @@ def test_another_instruction_is_in_the_prompt(command: ModuleType, run_dir: Path
 def test_as_a_command(run_dir: Path, run_python: Callable, sounds: list[Path], tmp_path: Path) -> None:
     """From another folder, with nothing but paths on the command line; exit codes as promised."""
     script = ROOT / "launch" / "transcribe.py"
-    outcome = run_python(script, "--checkpoint", run_dir, *sounds[:2], cwd=tmp_path)
+    outcome = run_python(
+        script, "--checkpoint", run_dir, sounds[0], tmp_path / "gone.wav", sounds[1], cwd=tmp_path, expect=2
+    )
     assert list(told(outcome.stdout)) == list(map(str, sounds[:2])), "nothing but transcripts on stdout"
+    assert "gone.wav: no such file" in outcome.stderr
     missing = run_python(script, "--checkpoint", tmp_path / "no-run", sounds[0], expect=2)
     assert "no-run does not exist: looked for" in missing.stderr and "Traceback" not in missing.stderr
-    run_python(script, "--checkpoint", run_dir, tmp_path / "gone.wav", expect=2)

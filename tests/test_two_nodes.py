@@ -149,7 +149,9 @@ def losses_and_ids(run_dir: Path) -> tuple[list[float], list[list[str]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_nodes_train_as_one_does(settings: list[str], features: Path, run_launcher: Command, tmp_path: Path) -> None:
+def test_two_nodes_train_as_one_does(
+    settings: list[str], features: Path, run_launcher: Command, tmp_path: Path
+) -> None:
     """One node with two ranks and two nodes with one: the same utterances in every step, losses equal to 1e-4."""
     words = [RECIPE, "--stage", "1", *settings, f"stage1.max_steps={NUM_STEPS}", "stage1.warmup_steps=2"]
     words += ["stage1.global_batch_size=8", "run.log_every=1", "run.log_utterances=true"]
@@ -163,4 +165,6 @@ def test_two_nodes_train_as_one_does(settings: list[str], features: Path, run_la
     losses_across, ids_across = losses_and_ids(tmp_path / "two")
     assert ids_across == ids
     assert losses_across == pytest.approx(losses, abs=1e-4)
-    assert sorted(sum(ids[:5], [])) == sorted({name for step in ids[:5] for name in step}), "an utterance twice in an epoch"
+    assert sorted(sum(ids[:5], [])) == sorted({name for step in ids[:5] for name in step}), (
+        "an utterance twice in an epoch"
+    )

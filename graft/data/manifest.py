@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -35,7 +36,7 @@ ALIASES: dict[str, tuple[str, ...]] = {  # ours first, then NeMo's, SLAM-LLM's, 
 }
 LONGEST_KEY = 80  # characters; a USTAR member name holds 100, with the extension
 LONGEST_S = 1e9  # a duration beyond thirty years is a mistake; NaN fails the comparison too
-MOST_FAULTS_TOLD = 20
+MOST_FAULTS_TOLD, REASONS_TOLD = 20, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,12 @@ def write_rejects(path: str | Path, rejects: Iterable[Reject]) -> None:
     """Write rejects as JSON lines with ``line``, ``id`` and ``reason``."""
     lines = [json.dumps({"line": r.line, "id": r.id, "reason": r.reason}, ensure_ascii=False) for r in rejects]
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def common(reasons: Iterable[str]) -> str:
+    """The most frequent reasons with their counts; what comes before the last colon (a file's name) is left out."""
+    kinds = Counter(reason.rsplit(": ", 1)[-1] for reason in reasons)
+    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(REASONS_TOLD))
 
 
 def sample_key(utterance_id: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2VLConfig
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 from transformers.utils.hub import cached_file
 
@@ -18,7 +18,7 @@ from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import AUDIO_END, AUDIO_PAD, AUDIO_START, AudioGraftConfig
 from graft.model.encoder import load_audio_config, load_encoder, load_feature_extractor
 from graft.model.grafted import AudioGraftForConditionalGeneration
-from graft.model.lora import copy_into, has_lora, load_adapter, save_adapter
+from graft.model.lora import copy_into, has_lora, load_adapter, merge_lora, save_adapter
 from graft.model.processor import AudioGraftProcessor
 from graft.recipe import Recipe
 
@@ -58,10 +58,9 @@ def assemble(
     with torch.device("meta"):
         model = AudioGraftForConditionalGeneration._from_config(config, dtype=dtype)
     if not meta:
-        _fill(model, recipe, dtype)
-        model.to(device)
+        _fill(model, recipe, dtype, device)
     model.model.multi_modal_projector.float()
-    return Assembled(model.eval().requires_grad_(False), processor, config)
+    return Assembled(model.eval().requires_grad_(False), processor, model.config)
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
@@ -118,14 +117,14 @@ def build_processor(
     )
 
 
-def load_qwen2_vl(base: str, dtype: torch.dtype) -> Qwen2VL:
-    """Stock Qwen2-VL, old or new file layout.
+def load_qwen2_vl(base: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Qwen2VL:
+    """Stock Qwen2-VL, old or new file layout, read straight onto ``device``.
 
     Raises:
         ValueError: if ``base`` lacks any of its weights: transformers would leave them random with a mere warning.
     """
     with reading(KEY, base):
-        model, info = Qwen2VL.from_pretrained(base, dtype=dtype, output_loading_info=True)
+        model, info = Qwen2VL.from_pretrained(base, dtype=dtype, output_loading_info=True, device_map={"": device})
     refuse_missing(KEY, base, info["missing_keys"])
     return model
 
@@ -158,19 +157,44 @@ def load_trained(folder: str | Path, model: AudioGraftForConditionalGeneration) 
         load_adapter(model, folder / ADAPTER_FOLDER)
 
 
-def _fill(model: AudioGraftForConditionalGeneration, recipe: Recipe, dtype: torch.dtype) -> None:
+def export(folder: str | Path, assembled: Assembled) -> None:
+    """Write a plain Hugging Face folder that the Auto classes read: adapters merged, one precision, the audio tower in.
+
+    This changes ``assembled.model``: it is for the end of a training.
+
+    Raises:
+        ValueError: if the model was assembled without its audio tower.
+    """
+    model = assembled.model
+    if model.model.audio_tower is None:
+        raise ValueError("an exported model hears by itself: assemble it with with_encoder=True")
+    merge_lora(model)
+    model.to(model.model.language_model.dtype)
+    model.save_pretrained(folder)
+    assembled.processor.save_pretrained(folder)
+
+
+def _fill(
+    model: AudioGraftForConditionalGeneration, recipe: Recipe, dtype: torch.dtype, device: str | torch.device
+) -> None:
     """Put real weights into a model made on the meta device."""
-    base = load_qwen2_vl(recipe.bases.qwen2_vl, dtype)
+    base = load_qwen2_vl(recipe.bases.qwen2_vl, dtype, device)
     model.model.visual, model.model.language_model = base.model.visual, base.model.language_model
     model.lm_head = base.lm_head
-    model.generation_config = base.generation_config
+    model.generation_config = _greedy(base.generation_config, recipe.evaluation.max_new_tokens)
     embeddings = model.get_input_embeddings().weight
     _copy_marker_rows(embeddings, model.config)
     if model.config.has_audio_tower:
-        model.model.audio_tower = load_encoder(recipe.bases.whisper, dtype)
-    projector: nn.Module = model.model.multi_modal_projector.to_empty(device="cpu").float()
+        model.model.audio_tower = load_encoder(recipe.bases.whisper, dtype, device)
+    projector: nn.Module = model.model.multi_modal_projector.to_empty(device=device).float()
     generator = torch.Generator().manual_seed(recipe.run.seed)
     projector.initialise(embeddings.float().std().item(), generator)
+
+
+def _greedy(base: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """Greedy, and long enough: transformers alone would stop after 20 tokens, and Qwen2-VL's own settings sample."""
+    ids = {name: getattr(base, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ids, do_sample=False, max_new_tokens=max_new_tokens)
 
 
 @torch.no_grad()
@@ -185,9 +209,14 @@ def _copy_marker_rows(embeddings: torch.Tensor, config: AudioGraftConfig) -> Non
 
 def _image_settings(base: str) -> dict[str, Any] | None:
     """Qwen2-VL's image settings, or None where the base has none."""
-    path = cached_file(base, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
+    settings = _read_json(base, "preprocessor_config.json") or _read_json(base, "processor_config.json")
+    settings = (settings or {}).get("image_processor", settings)  # transformers 5 nests them in one file
+    if not settings or "patch_size" not in settings:
         return None
-    settings = json.loads(Path(path).read_text())
     internal = ("image_processor_type", "processor_class", "feature_extractor_type")
     return {name: value for name, value in settings.items() if name not in internal}
+
+
+def _read_json(base: str, name: str) -> dict[str, Any] | None:
+    path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None

@@ -68,10 +68,10 @@ def load_encoder(base: str, dtype: torch.dtype, device: str | torch.device = "cp
     load_audio_config(base)
     with reading(KEY, base):
         encoder, info = EncoderOnly.from_pretrained(
-            base, dtype=dtype, key_mapping=_KEY_MAPPING, output_loading_info=True
+            base, dtype=dtype, key_mapping=_KEY_MAPPING, output_loading_info=True, device_map={"": device}
         )
     refuse_missing(KEY, base, info["missing_keys"])
-    return encoder.to(device).eval().requires_grad_(False)
+    return encoder.eval().requires_grad_(False)
 
 
 class SpeechEncoder:

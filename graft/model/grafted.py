@@ -43,6 +43,13 @@ class AudioGraftModel(Qwen2VLModel):
         self.multi_modal_projector = build_projector(**config.projector_settings())
         self.post_init()
 
+    def train(self, mode: bool = True) -> AudioGraftModel:
+        """The audio tower never leaves evaluation mode: its frames are the same whatever trains beside it."""
+        super().train(mode)
+        if self.audio_tower is not None:
+            self.audio_tower.eval()
+        return self
+
     def get_audio_features(
         self, input_features: torch.Tensor, audio_feature_lengths: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -171,6 +178,16 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         self.model = AudioGraftModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """The parent's, for a model that it can read back.
+
+        Raises:
+            ValueError: with adapters, whose names from_pretrained() would not find: the model would be random there.
+        """
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError("the model carries adapters: merge_lora() first, or keep them apart with save_trained()")
+        return super().save_pretrained(save_directory, **kwargs)
 
     def get_audio_features(
         self, input_features: torch.Tensor, audio_feature_lengths: torch.Tensor | None = None, **kwargs: Any

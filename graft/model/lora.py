@@ -6,6 +6,7 @@ PEFT's format and load into stock Qwen2-VL.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -65,8 +66,10 @@ def hits_per_tower(names: list[str]) -> str:
     return ", ".join(f"{tower} {count}" for tower, count in Counter(map(_tower, names)).items())
 
 
-def add_lora(model: nn.Module, settings: LoraSettings) -> list[str]:
+def add_lora(model: nn.Module, settings: LoraSettings, seed: int = 0) -> list[str]:
     """Inject fresh fp32 adapters into the language model, in place; the names of the adapted layers.
+
+    ``seed`` alone decides their values, so that every rank makes the same ones; at first they add nothing (B is 0).
 
     Raises:
         ValueError: as :func:`check_targets`.
@@ -76,6 +79,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> list[str]:
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.target_modules
     )
     _inject(model, config)
+    _initialise(model, seed)
     return names
 
 
@@ -171,6 +175,18 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._cast_input_dtype = _cast_unless_autocast
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, seed: int) -> None:
+    """PEFT's own distributions, from our generator: its draws come from the global one, on whatever device."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.zero_()
+        elif ".lora_A." in name and not parameter.is_meta:
+            uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            parameter.copy_(uniform / math.sqrt(parameter.shape[1]))
 
 
 def _cast_unless_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

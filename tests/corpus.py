@@ -1,0 +1,34 @@
+"""A few utterances of the committed corpus as the data of a recipe, for tests that go the whole way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import ROOT
+
+RECIPE = ROOT / "recipes" / "tiny.yaml"
+CORPUS = ROOT / "examples" / "tiny" / "corpus"
+
+
+def few_utterances(folder: Path, **sizes: int) -> list[str]:
+    """Write manifests of the first ``sizes`` utterances per split; the overrides that make them the recipe's data."""
+    words = []
+    for split, size in sizes.items():
+        lines = [json.loads(line) for line in (CORPUS / f"{split}.jsonl").read_text().splitlines()[:size]]
+        lines = [{**line, "audio_filepath": str(CORPUS / line["audio_filepath"])} for line in lines]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        words.append(f"data.manifests.{split}={folder / split}.jsonl")
+    return [*words, f"data.shards={folder / 'sets'}", "data.samples_per_shard=16"]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of each logged step."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def utterances(run_dir: Path) -> dict[int, list[str]]:
+    """The utterances of each step, sorted."""
+    lines = map(json.loads, (run_dir / "utterances.jsonl").read_text().splitlines())
+    return {line["step"]: sorted(line["ids"]) for line in lines}

@@ -1,0 +1,90 @@
+"""The engine on a model of five weights; started by tests/test_engine.py on two ranks: CONFIG.json REPORT.json."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from graft.ranks import stop
+from graft.recipe import Stage
+from graft.train.engine import Engine, resolve_ds_config, start_process_group
+
+RATES = {"fast": 0.1, "slow": 0.01}
+
+
+class Five(nn.Module):
+    """Every trained weight gets ``x`` as its gradient; the frozen bf16 one gets none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: float) -> torch.Tensor:
+        return (self.fast.sum() + self.slow.sum()) * x + 0 * self.frozen.float().sum()
+
+
+def make(weights: dict | None = None) -> tuple[Five, Engine]:
+    model = Five()
+    if weights:
+        model.load_state_dict(weights)
+    settings = Stage(max_grad_norm=1e9)
+    return model, Engine(model, RATES, settings, resolve_ds_config(sys.argv[-2], settings), ranks)
+
+
+def step(engine: Engine, values: list[float], share: float = 0.5) -> tuple[float, bool]:
+    with engine.one_reduction():
+        for value in values:
+            engine.backward(engine(x=value))
+    return engine.step(share)
+
+
+def reductions(engine: Engine, values: list[float]) -> int:
+    """Collectives that carry gradients in one step: calls of torch's reduce and all_reduce on whole buckets."""
+    calls, originals = [], {name: getattr(dist, name) for name in ("reduce", "all_reduce")}
+    for name, original in originals.items():
+
+        def counted(tensor, *args, _original=original, **kwargs):
+            calls.append(tensor.numel())
+            return _original(tensor, *args, **kwargs)
+
+        setattr(dist, name, counted)
+    step(engine, values)
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return sum(size > 1 for size in calls)
+
+
+def copied(model: nn.Module) -> dict:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+ranks = start_process_group(timeout_s=60, start_timeout_s=120)
+seen = {}
+model, engine = make()
+seen["small_gradients"], _ = step(engine, [1.0] + [0.001] * 63)
+seen["first_update"] = [model.fast.abs().max().item(), model.slow.abs().max().item()]
+seen["uneven"], _ = step(engine, [2.0] if ranks.rank == 0 else [3.0, 4.0])
+seen["reductions"] = {"1 micro-batch": reductions(engine, [1.0]), "8 micro-batches": reductions(engine, [1.0] * 8)}
+before = copied(model)
+_, applied = step(engine, [float("inf") if ranks.rank == 1 else 1.0])
+moved = max((before[name].float() - tensor.float()).abs().max().item() for name, tensor in model.state_dict().items())
+seen["not_finite"] = {"applied": applied, "moved": moved}
+moments, weights = engine.optimizer_state(), copied(model)
+seen["moments_nonzero"] = all(tensor.abs().min().item() > 0 for tensor in moments.values())
+step(engine, [ranks.rank + 2.0])
+straight = copied(model)
+engine.close()
+model, engine = make(weights)
+engine.load_optimizer_state(moments, num_updates=4)
+step(engine, [ranks.rank + 2.0])
+seen["resumed_equal"] = all(torch.equal(straight[name], tensor) for name, tensor in copied(model).items())
+if ranks.is_first:
+    Path(sys.argv[-1]).write_text(json.dumps(seen))
+engine.close()
+stop()

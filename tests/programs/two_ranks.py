@@ -1,0 +1,23 @@
+"""What two ranks see of each other; started by tests/test_ranks.py under the launcher."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from graft.ranks import AgreedValueError, start, stop
+
+folder = Path(sys.argv[-1])
+ranks = start(start_timeout_s=120)
+seen = {
+    "sum": ranks.sum([ranks.rank + 1, 10 * (ranks.rank + 1)]),
+    "gathered": ranks.gather(f"rank {ranks.rank}"),
+    "differing": ranks.differing(f"version {ranks.rank}"),
+}
+try:
+    ranks.agree(ValueError("bad audio") if ranks.rank == 1 else None)
+except AgreedValueError as error:
+    seen |= {"agreed": str(error), "kind": type(error).__name__}
+(folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
+stop()

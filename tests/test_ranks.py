@@ -1,0 +1,44 @@
+"""Ranks as a value: alone in this process; two real ones in ``programs/two_ranks.py``."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command
+
+from graft.ranks import AgreedValueError, Ranks
+
+
+def test_alone() -> None:
+    ranks = Ranks()
+    assert ranks.is_first and ranks.sum([3, 1.5]) == [3.0, 1.5] and ranks.gather("a") == ["a"]
+    ranks.agree(None)
+    with pytest.raises(AgreedValueError, match="^no good$"):
+        ranks.agree(ValueError("no good"))
+    with pytest.raises(RuntimeError, match="KeyError: 'x'"):
+        ranks.agree(KeyError("x"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1"}, Ranks(3, 5, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "7", "SLURM_LOCALID": "2"}, Ranks(2, 7, 2)),
+        ({}, Ranks(0, 1, 0)),
+    ],
+)
+def test_from_environment(environment: dict, expected: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.from_environment() == expected
+
+
+def test_two_ranks(run_launcher: Command, tmp_path: Path) -> None:
+    """Sums, and an error on one of them that both raise; the program writes what each rank saw."""
+    run_launcher(ROOT / "tests" / "programs" / "two_ranks.py", tmp_path)
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank in seen:
+        assert rank["sum"] == [3.0, 30.0] and rank["gathered"] == ["rank 0", "rank 1"] and rank["differing"] == [1]
+        assert rank["agreed"] == "bad audio (rank 1 of 2)" and rank["kind"] == "AgreedValueError"

@@ -1,0 +1,69 @@
+"""Checkpoints are whole or absent, and a path without one is an error."""
+
+from pathlib import Path
+
+import pytest
+
+from graft.run_dir import (
+    checkpoint_steps,
+    find_checkpoint,
+    step_folder,
+    verify_checkpoint,
+    whole_folder,
+    write_whole,
+)
+
+
+def make(run_dir: Path, step: int) -> Path:
+    with whole_folder(step_folder(run_dir, step)) as folder:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_bytes(b"w" * step)
+        (folder / "state.json").write_text("{}")
+    return step_folder(run_dir, step)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    with pytest.raises(OSError, match="disk full"), whole_folder(step_folder(tmp_path, 5)) as folder:
+        (folder / "weights").write_bytes(b"half")
+        raise OSError("disk full")
+    assert checkpoint_steps(tmp_path) == [3]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003"]
+
+
+def test_what_a_kill_leaves_does_not_count(tmp_path: Path) -> None:
+    """Killed while writing: the temporary folder stays, or a folder that has not its list of files."""
+    make(tmp_path, 3)
+    (tmp_path / "checkpoints" / ".step-00000007.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    assert checkpoint_steps(tmp_path) == [3]
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 3)
+
+
+def test_the_best_of_the_last_stage_else_the_newest(tmp_path: Path) -> None:
+    for step in (3, 5, 11):
+        make(tmp_path, step)
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 11)
+    write_whole(tmp_path / "checkpoints" / "best.json", '{"1": 3, "2": 5}')
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 5)
+    assert find_checkpoint(step_folder(tmp_path, 3)) == step_folder(tmp_path, 3)
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no whole checkpoint: looked for"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
+    folder = make(tmp_path, 5)
+    verify_checkpoint(folder)
+    file = folder / "adapter" / "weights"
+    if damage == "lose":
+        file.unlink()
+    else:
+        file.write_bytes(b"wwxww" if damage == "flip" else b"wwww")
+    with pytest.raises(ValueError, match="weights"):
+        verify_checkpoint(folder)

@@ -1,0 +1,218 @@
+"""Training through the real launcher: the same run on any number of ranks, stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Command, free_port, subprocess_environment
+from corpus import RECIPE, few_utterances, losses, utterances
+from safetensors.torch import load_file
+
+from graft.run_dir import checkpoint_steps, step_folder
+
+TRAIN, PRECOMPUTE = ROOT / "launch" / "train.py", ROOT / "shards" / "precompute.py"
+NUM_STEPS = 6
+QUICK = [
+    f"stage1.max_steps={NUM_STEPS}",
+    "stage1.warmup_steps=2",
+    "stage1.global_batch_size=7",
+    "stage2.max_steps=3",
+    "stage2.warmup_steps=1",
+    "stage2.global_batch_size=7",
+    "run.log_every=1",
+    "run.log_utterances=true",
+    "run.checkpoint_every=2",
+    "evaluation.every=100",
+    "evaluation.max_utterances=3",
+    "evaluation.max_new_tokens=4",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, run_launcher: Command) -> list[str]:
+    """The command line's end: a small data set, its shards made, and quick stages."""
+    settings = few_utterances(tmp_path_factory.mktemp("data"), train=37, valid=5)
+    manifests = [word for word in settings if ".test=" not in word]
+    run_launcher(PRECOMPUTE, RECIPE, *manifests, "--splits", "train", "valid", timeout_s=400)
+    return [*settings, *QUICK]
+
+
+@pytest.fixture(scope="module")
+def straight(words: list[str], run_launcher: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1 in one go on two ranks."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", timeout_s=400)
+    assert list(losses(run_dir)) == list(range(1, NUM_STEPS + 1))
+    return run_dir
+
+
+def weights(run_dir: Path, step: int = NUM_STEPS) -> dict[str, torch.Tensor]:
+    return load_file(step_folder(run_dir, step) / "projector.safetensors")
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """The same losses, utterances and weights, to the last bit."""
+    assert losses(run_dir) == losses(other) and utterances(run_dir) == utterances(other)
+    ours, theirs = weights(run_dir), weights(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_every_utterance_once_an_epoch(straight: Path) -> None:
+    """37 utterances in steps of at most 7: six steps are an epoch."""
+    ids = [each for step in utterances(straight).values() for each in step]
+    assert len(ids) == 37 and len(set(ids)) == 37
+
+
+def test_one_rank_takes_the_same_steps_as_two(
+    words: list[str], straight: Path, run_python: Command, tmp_path: Path
+) -> None:
+    """Without a launcher too. Sums in another order differ in the last digits, no more."""
+    run_python(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}", timeout_s=400)
+    assert utterances(tmp_path / "run") == utterances(straight)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-4)
+
+
+def test_stopped_and_resumed_on_another_number_of_ranks(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    """Two ranks, then three, then two: the utterances of every step are the same, the losses to rounding."""
+    run_dir = tmp_path / "run"
+    for ranks, more in ((2, ["run.stop_after=2"]), (3, ["run.stop_after=3"]), (2, [])):
+        line = [TRAIN, RECIPE, "--stage", "1", *words, *more, f"run.dir={run_dir}"]
+        run_launcher(*line, ranks=ranks, expect=75 if more else 0, timeout_s=400)
+    assert utterances(run_dir) == utterances(straight)
+    assert losses(run_dir) == pytest.approx(losses(straight), rel=1e-4)
+
+
+def start(words: list[str], run_dir: Path) -> subprocess.Popen:
+    """Stage 1 in the background, in a process group of its own."""
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    line = [*launcher, str(TRAIN), str(RECIPE), "--stage", "1", *words, f"run.dir={run_dir}"]
+    return subprocess.Popen(
+        line, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Process ids of the two ranks (not of their launchers) that write to ``run_dir``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if f"run.dir={run_dir}" in line and any(word.startswith("--local_rank") for word in line):
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not checkpoint_steps(run_dir):
+        assert process.poll() is None, process.stdout.read().decode()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint within 300 s"
+        time.sleep(0.02)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["asked to stop", "killed"])
+def test_one_rank_is_stopped_then_the_same_command_again(
+    number: signal.Signals, words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    """SIGTERM on one rank: all save and exit 75. SIGKILL: the launcher fails. Resumed, the run is the straight one."""
+    run_dir = tmp_path / "run"
+    process = start(words, run_dir)
+    try:
+        wait_for_checkpoint(run_dir, process)
+        pids = ranks_of(run_dir)
+        assert len(pids) == 2
+        os.kill(pids[1], number)
+        process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert not ranks_of(run_dir), "a rank was left behind"
+    run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", timeout_s=400)
+    assert_same_run(run_dir, straight)
+
+
+@pytest.mark.faults
+def test_a_damaged_checkpoint_is_refused(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    file = step_folder(run_dir, NUM_STEPS) / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", "stage1.max_steps=8"]
+    outcome = run_launcher(*line, expect=2, timeout_s=400)
+    assert "optimizer.safetensors is damaged" in outcome.stderr
+
+
+def test_another_runs_folder_is_refused(words: list[str], straight: Path, run_launcher: Command) -> None:
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={straight}", "stage1.learning_rate=0.5"]
+    outcome = run_launcher(*line, expect=2, timeout_s=400)
+    assert "holds another run" in outcome.stderr
+    assert "stage1.learning_rate: 0.002 there, 0.5 here" in outcome.stderr
+
+
+def test_stage_2_without_stage_1(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    outcome = run_launcher(
+        TRAIN, RECIPE, "--stage", "2", *words, f"run.dir={tmp_path / 'run'}", expect=2, timeout_s=400
+    )
+    assert "run --stage 1 first" in outcome.stderr
+
+
+def test_stage_2_starts_from_stage_1_and_says_so(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    outcome = run_launcher(TRAIN, RECIPE, "--stage", "2", *words, f"run.dir={run_dir}", timeout_s=400)
+    assert f"starting from the projector of {step_folder(run_dir, NUM_STEPS)}" in outcome.stdout
+    assert list(losses(run_dir)) == list(range(1, NUM_STEPS + 4))  # one curve over both stages
+    last = step_folder(run_dir, NUM_STEPS + 3)
+    assert (last / "adapter" / "adapter_model.safetensors").is_file()
+    assert any(not torch.equal(weights(run_dir)[name], tensor) for name, tensor in weights(run_dir, 9).items())
+
+
+def test_online_features_give_the_same_losses(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    """A frozen replica on each rank makes the frames that the shards hold."""
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}", "data.features=online"]
+    run_launcher(*line, timeout_s=600)
+    assert utterances(tmp_path / "run") == utterances(straight)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-4)
+
+
+def test_shards_of_another_encoder_are_refused(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    """One weight of the encoder differs by one bit; every rank stops before the first step."""
+    base = shutil.copytree(ROOT / "examples" / "tiny" / "whisper", tmp_path / "whisper")
+    flip_a_weight(base / "model.safetensors", "model.encoder.layers.0.fc1.weight")
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}", f"bases.whisper={base}"]
+    outcome = run_launcher(*line, expect=2, timeout_s=400)
+    assert "was made by another encoder" in outcome.stderr
+    assert not checkpoint_steps(tmp_path / "run")
+
+
+def flip_a_weight(file: Path, name: str) -> None:
+    """Change the lowest bit of the first number of a tensor."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors[name].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(tensors, file, metadata=metadata)
