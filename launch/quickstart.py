@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: this folder comes first, where evaluate.py would hide a package of that name
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import torch
+from rich.console import Console
+from rich.table import Table
 
-from graft import command  # noqa: E402
-from graft.recipe import Recipe, load_recipe  # noqa: E402
-from graft.run_dir import write_whole  # noqa: E402
+from graft import command
+from graft.recipe import Recipe, load_recipe
+from graft.run_dir import write_whole
 
 CPU_RANKS = 2
 NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d |^DeepSpeed .* built|Warning: |^\s+(return func|warnings\.warn)|^\[W|^\[Gloo\]")
@@ -38,11 +38,12 @@ NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d |^DeepSpeed .* built|Warning: |^\s+(retu
 
 @dataclass
 class Phase:
-    """One command of the way; ``ranks`` 0 means plain python."""
+    """One command of the way; ``ranks`` 0 means plain python, ``folder`` where it runs (None: here)."""
 
     name: str
     ranks: int
     words: list[str]
+    folder: Path | None = None
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -68,9 +69,9 @@ def phases(recipe: Recipe, arguments: argparse.Namespace, ranks: int) -> Iterato
     """The commands a user would type, in order."""
     words = [str(arguments.recipe), *arguments.overrides]
     for preparation in recipe.prepare:
-        if not Path(preparation.makes).exists():
+        if not (ROOT / preparation.makes).exists():
             script, *rest = preparation.run
-            yield Phase(f"prepare {Path(preparation.makes).name}", 0, [str(ROOT / script), *rest])
+            yield Phase(f"prepare {Path(preparation.makes).name}", 0, [str(ROOT / script), *rest], ROOT)
     yield Phase("precompute", ranks, [str(ROOT / "shards" / "precompute.py"), *words])
     yield Phase("verify", 0, [str(ROOT / "shards" / "verify.py"), recipe.data.shards])
     for stage in ("1", "2"):
@@ -93,7 +94,12 @@ def run(phase: Phase, log: Path) -> int:
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
-            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(phase.ranks)
+            line,
+            cwd=phase.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(phase.ranks),
         ) as process,
     ):
         for text in process.stdout:

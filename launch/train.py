@@ -19,23 +19,27 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: the launcher puts this folder first, where evaluate.py would hide a package
 
-from graft import command  # noqa: E402
-from graft.data.prompt import PromptTemplate  # noqa: E402
-from graft.evaluation.evaluate import evaluate  # noqa: E402
-from graft.model.assemble import Assembled, assemble  # noqa: E402
-from graft.model.trainable import describe, select_trainable  # noqa: E402
-from graft.ranks import Ranks, stop  # noqa: E402
-from graft.recipe import Recipe, load_recipe  # noqa: E402
-from graft.sources import Sources  # noqa: E402
-from graft.tracker import NullTracker, tracker_for  # noqa: E402
-from graft.train.checkpoint import Checkpoints, Position, resume_optimizer  # noqa: E402
-from graft.train.claim import beginning, claim, dress, settings_that_matter, versions  # noqa: E402
-from graft.train.engine import Engine, resolve_ds_config, start_process_group  # noqa: E402
-from graft.train.feed import Feed  # noqa: E402
-from graft.train.loop import Evaluate, Loop  # noqa: E402
-from graft.train.meter import StepMeter, flops_per_token  # noqa: E402
+from graft import command
+from graft.data.audio import load_audio
+from graft.data.manifest import read_manifest
+from graft.data.prompt import PromptTemplate
+from graft.evaluation.evaluate import evaluate
+from graft.lengths import SAMPLE_RATE
+from graft.model.assemble import Assembled, assemble
+from graft.model.trainable import describe, select_trainable
+from graft.ranks import Ranks, stop
+from graft.recipe import Recipe, load_recipe
+from graft.sources import Sources
+from graft.tracker import NullTracker, tracker_for
+from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
+from graft.train.claim import beginning, claim, dress, settings_that_matter, versions
+from graft.train.engine import Engine, resolve_ds_config, start_process_group
+from graft.train.feed import Feed
+from graft.train.loop import Evaluate, Loop
+from graft.train.meter import StepMeter, flops_per_token
 
 LOG = logging.getLogger("graft.train")
+NUM_CLIPS = 3  # to listen to in TensorBoard
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -68,6 +72,7 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
     if resumed:
         resume_optimizer(engine, checkpoint, position)
     tracker = tracker_for(ranks, run_dir, resume_step=position.step + 1 if position.step else None)
+    introduce(tracker, recipe, template, feed)
     loop = Loop(
         engine,
         feed,
@@ -125,6 +130,9 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
     stage, trained = recipe.stage(number), select_trainable(graft.model, number)
     if recipe.run.gradient_checkpointing:
         graft.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.run.compile:
+        for layer in graft.model.model.language_model.layers:
+            layer.compile(dynamic=True)  # layer by layer: one graph serves them all, and lengths differ
     LOG.info("%s", describe(graft.model))
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
 
@@ -138,6 +146,20 @@ def check_alike(what: dict, ranks: Ranks) -> None:
             f"ranks {differing} have other settings, package versions or data than rank 0: make the nodes alike "
             "(same code, same environment, same shards)"
         )
+
+
+def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, feed: Feed) -> None:
+    """Put into TensorBoard what a person looks at first: settings, one training sequence, a few sounds."""
+    tracker.hparams(recipe.model_dump(mode="json"), ["eval/wer", "eval/loss"])
+    entry = feed.source.entries[0]
+    tokens = template.num_audio_tokens(entry.num_frames)
+    before, after = (template.processor.tokenizer.decode(ids) for ids in (template.before_ids, template.after_ids))
+    learnt = template.processor.tokenizer.decode([*template.text_ids(entry.text), *template.end_ids])
+    tracker.text(0, "data/first_utterance", f"    {before!r} [audio x {tokens}] {after!r}\n\nlearnt: `{learnt!r}`")
+    manifest = Path(recipe.data.manifests.get(recipe.evaluation.split, ""))
+    for utterance in read_manifest(manifest).utterances[:NUM_CLIPS] if manifest.is_file() else []:
+        waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+        tracker.audio(0, f"{recipe.evaluation.split}/{utterance.id}", waveform, SAMPLE_RATE)
 
 
 def evaluation(
