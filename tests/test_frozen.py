@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Command
+
 from corpus import RECIPE, few_utterances
 
 PROGRAM = ROOT / "tests" / "programs" / "train_and_compare.py"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command
+
 from corpus import few_utterances
 
 SHORT = [

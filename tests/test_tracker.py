@@ -101,6 +101,17 @@ def test_resuming_cuts_what_will_be_logged_again(tmp_path: Path) -> None:
     assert points(tmp_path, "train/loss") == expected
 
 
+def test_utterances_of_a_step_stand_once(tmp_path: Path) -> None:
+    for first, resume_step in ((1, None), (3, 3)):
+        tracker = Tracker(tmp_path, resume_step)
+        for step in range(first, 6):
+            tracker.utterances(step, [f"{first}-{step}", "b"])
+        tracker.close()
+    read = [json.loads(line) for line in (tmp_path / "utterances.jsonl").read_text().splitlines()]
+    expected = {1: ["1-1", "b"], 2: ["1-2", "b"], 3: ["3-3", "b"], 4: ["3-4", "b"], 5: ["3-5", "b"]}
+    assert [(line["step"], line["ids"]) for line in read] == list(expected.items())
+
+
 def test_resuming_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     train(tmp_path, range(1, 4))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -183,6 +194,7 @@ def test_an_empty_table() -> None:
 def test_other_ranks_take_the_same_calls_and_write_nothing(tmp_path: Path) -> None:
     tracker = NullTracker()
     tracker.scalars(1, {"train/loss": "not even a number"})
+    tracker.utterances(1, ["u0"])
     tracker.table(1, "t", [{"a": 1}])
     tracker.audio(1, "a", np.zeros(3, np.float32), 16_000)
     tracker.hparams({}, [])

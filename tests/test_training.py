@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Command, free_port, subprocess_environment
-from corpus import RECIPE, few_utterances, losses, utterances
 from safetensors.torch import load_file
 
+from corpus import RECIPE, few_utterances, losses, utterances
 from graft.run_dir import checkpoint_steps, step_folder
 
 TRAIN, PRECOMPUTE = ROOT / "launch" / "train.py", ROOT / "shards" / "precompute.py"

@@ -1,0 +1,54 @@
+"""Padding of the plan's micro-batches, and balance between ranks, against batches drawn at random: counts, no clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from graft.data.plan import padded_tokens, plan_epoch, rank_share
+from graft.ranks import Ranks
+
+NUM_UTTERANCES, NUM_RANKS = 20_000, 8
+BATCH, MICRO_BATCH_TOKENS, POOL = 256, 8_192, 64
+PROMPT_TOKENS, TOKENS_PER_SECOND = 60, 12.5  # a prompt and a transcript; stack_factor 4
+# Log-normal durations in seconds, (mean, sigma of the logarithm), cut at 30 s: read speech and spontaneous speech.
+DURATIONS = {"read": (12.0, 0.3), "spontaneous": (10.0, 0.6)}
+
+
+def report() -> Iterator[str]:
+    """One line per distribution of lengths."""
+    for name, (mean, sigma) in DURATIONS.items():
+        costs = token_counts(mean, sigma)
+        ours, imbalance = planned(costs)
+        yield (
+            f"{name:<12} padded/real tokens {ours:.4f}, random micro-batches of 8 {at_random(costs, 8):.3f}; "
+            f"dearest rank/mean rank {imbalance:.4f} on {NUM_RANKS} ranks"
+        )
+
+
+def token_counts(mean: float, sigma: float) -> list[int]:
+    """Positions of each utterance."""
+    rng = np.random.default_rng(1)
+    seconds = np.minimum(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, NUM_UTTERANCES), 30.0)
+    return (PROMPT_TOKENS + np.ceil(seconds * TOKENS_PER_SECOND)).astype(int).tolist()
+
+
+def planned(costs: Sequence[int]) -> tuple[float, float]:
+    """(padded / real tokens, mean over steps of the dearest rank's tokens / the mean rank's) of one epoch."""
+    padded, imbalances = 0, []
+    for step in plan_epoch(costs, seed=1, epoch=0, global_batch_size=BATCH, shuffle_pool=POOL):
+        shares = [
+            rank_share(step, costs, Ranks(rank, NUM_RANKS, rank), MICRO_BATCH_TOKENS) for rank in range(NUM_RANKS)
+        ]
+        per_rank = [sum(padded_tokens(group, costs) for group in share) for share in shares]
+        padded += sum(per_rank)
+        imbalances.append(max(per_rank) / (sum(per_rank) / NUM_RANKS))
+    return padded / sum(costs), float(np.mean(imbalances))
+
+
+def at_random(costs: Sequence[int], size: int) -> float:
+    """Padded / real tokens of micro-batches of ``size`` utterances as they come."""
+    order = np.random.default_rng(2).permutation(len(costs))
+    groups = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    return sum(padded_tokens(group, costs) for group in groups) / sum(costs)
