@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +56,7 @@ from graft.data.shard_writer import (  # noqa: E402
 )
 from graft.lengths import WindowExceeded  # noqa: E402
 from graft.model.encoder import SpeechEncoder  # noqa: E402
-from graft.ranks import Ranks  # noqa: E402
+from graft.ranks import AgreedValueError, Ranks  # noqa: E402
 from graft.recipe import Recipe, load_recipe  # noqa: E402
 
 LOG = logging.getLogger("graft.precompute")
@@ -64,7 +64,7 @@ LOG = logging.getLogger("graft.precompute")
 PATIENCE_S = 7 * 24 * 3600.0  # a rank that is done waits this long for the slowest; a dead one is noticed at once
 HEARTBEAT_S = 2.0  # between two looks at the other ranks
 FILE_SYSTEM_S = 60.0  # within this, what one node has written is seen by another
-DECODERS = 2  # threads that read and resample ahead of the encoder
+DECODERS = 4  # threads that read and resample ahead of the encoder
 OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar headers, JSON, padding
 
 Result = TypeVar("Result")
@@ -89,6 +89,7 @@ def precompute(recipe: Recipe, split: str, encoder: SpeechEncoder, ranks: Ranks)
         ValueError: on every rank, when any rank finds the manifest, the folder or too many utterances unusable.
     """
     job = together(ranks, lambda: Job.prepare(recipe, split, encoder))
+    check_alike(job, ranks)
     with locked(job.folder, ranks):
         todo = ranks.gather(together(ranks, lambda: job.unfinished() if ranks.is_first else []))[0]
         if not todo and ranks.gather(ranks.is_first and job.is_merged())[0]:
@@ -109,6 +110,16 @@ def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
         error = caught
     ranks.agree(error)
     return result
+
+
+def check_alike(job: Job, ranks: Ranks) -> None:
+    """Refuse ranks that read another manifest or another encoder, as nodes without a common file system may."""
+    others = ranks.differing(job.description.digest)
+    if others:
+        raise AgreedValueError(
+            f"ranks {', '.join(map(str, others))} read another manifest, encoder or recipe than rank 0 "
+            f"({job.manifest.path}, {job.description.source}): give every node the same files"
+        )
 
 
 def load_encoder(recipe: Recipe, ranks: Ranks) -> SpeechEncoder:
@@ -291,15 +302,28 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An utterance ready for the encoder: windows (S_i,) of its waveform, or why there are none."""
+class Sample:
+    """An utterance on its way: windows (S_i,) of its waveform, then features (F, D), or the reason for neither."""
 
     shard: int
     line: int
     utterance: Utterance
     pieces: Sequence[np.ndarray] = ()
-    num_samples: int = 0
+    whole_samples: int = 0
+    features: torch.Tensor | None = None
     reason: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are encoded: all, or a window's under ``truncate``."""
+        return sum(len(piece) for piece in self.pieces)
+
+
+def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Consecutive samples of one shard, at most ``size`` together."""
+    for _, of_shard in itertools.groupby(samples, key=lambda sample: sample.shard):
+        while batch := list(itertools.islice(of_shard, size)):
+            yield batch
 
 
 class Worker:
@@ -324,50 +348,56 @@ class Worker:
             raise
 
     def _make_shards(self) -> None:
+        """Sound files are read ahead in threads, the encoder runs in another, this one writes."""
         items = ((shard, *pair) for shard in self.mine for pair in zip(shard.lines, shard.utterances, strict=True))
         size = self.job.description.encode_batch_size
-        with Prefetcher(self._decode, items, depth=2 * size, threads=DECODERS) as decoded:
-            for number, of_shard in itertools.groupby(decoded, key=lambda item: item.shard):
+        with (
+            Prefetcher(self._decode, items, depth=2 * size, threads=DECODERS) as decoded,
+            Prefetcher(self._encode, _batches(decoded, size), depth=1) as encoded,
+        ):
+            for number, batches in itertools.groupby(encoded, key=lambda batch: batch[0].shard):
                 with ShardWriter(self.job.folder, self.job.description, number) as writer:
-                    while batch := list(itertools.islice(of_shard, size)):
-                        self._encode(batch, writer)
+                    for batch in batches:
+                        self._write(batch, writer)
 
-    def _decode(self, item: tuple[PlannedShard, int, Utterance]) -> Decoded:
-        """Read one sound file; runs ahead, in a thread."""
+    def _decode(self, item: tuple[PlannedShard, int, Utterance]) -> Sample:
+        """Read one sound file."""
         shard, line, utterance = item
-        made = Decoded(shard.number, line, utterance)
+        made = Sample(shard.number, line, utterance)
         try:
             waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
             if not waveform.any():
-                raise AudioError(f"{utterance.audio_filepath}: nothing but silence: every sample is zero")
+                raise AudioError(f"{utterance.audio_filepath}: nothing but silence, every sample is zero")
             pieces = windows(waveform, self.encoder.window, self.job.description.long_audio, f"'{utterance.id}'")
         except (AudioError, WindowExceeded) as error:
             return replace(made, reason=str(error))
-        return replace(made, pieces=pieces, num_samples=len(waveform))
+        return replace(made, pieces=pieces, whole_samples=len(waveform))
 
-    def _encode(self, batch: Sequence[Decoded], writer: ShardWriter) -> None:
-        """Encode a batch and write it; batches are the same whatever the ranks, and so are the bits."""
+    def _encode(self, batch: Sequence[Sample]) -> list[Sample]:
+        """Encode a batch; batches are the same whatever the ranks, and so are the bits."""
         size = self.job.description.encode_batch_size
-        pieces = [piece for item in batch for piece in item.pieces]
-        frames = iter(
-            [f for start in range(0, len(pieces), size) for f in self.encoder.encode(pieces[start : start + size])]
-        )
-        for item in batch:
-            reason = item.reason
-            if not reason:
-                features = torch.cat([next(frames) for _ in item.pieces])  # (F, D)
-                reason = "" if features.isfinite().all() else "the encoder gave NaN or infinite numbers"
-            if reason:
-                self._reject(item, reason, writer)
+        pieces = [piece for sample in batch for piece in sample.pieces]
+        frames = iter([f for n in range(0, len(pieces), size) for f in self.encoder.encode(pieces[n : n + size])])
+        return [
+            replace(sample, features=torch.cat([next(frames) for _ in sample.pieces])) if sample.pieces else sample
+            for sample in batch
+        ]
+
+    def _write(self, batch: Sequence[Sample], writer: ShardWriter) -> None:
+        for sample in batch:
+            if sample.features is None:
+                self._reject(sample, sample.reason, writer)
+            elif not sample.features.isfinite().all():
+                self._reject(sample, "the encoder gave NaN or infinite numbers", writer)
             else:
-                writer.add(item.utterance, features, sum(map(len, item.pieces)), whole_samples=item.num_samples)
+                writer.add(sample.utterance, sample.features, sample.num_samples, sample.whole_samples)
+            self.audio_s += lengths.seconds(sample.num_samples)
         self.done += len(batch)
-        self.audio_s += lengths.seconds(sum(map(len, pieces)))
         if time.monotonic() - self._told > HEARTBEAT_S:
             self._tell()
 
-    def _reject(self, item: Decoded, reason: str, writer: ShardWriter) -> None:
-        writer.reject(item.line, item.utterance, reason)
+    def _reject(self, sample: Sample, reason: str, writer: ShardWriter) -> None:
+        writer.reject(sample.line, sample.utterance, reason)
         self.reasons.append(reason)
         self.job.check_rejects(self.reasons)  # what one rank has is enough to know the end
 

@@ -35,7 +35,7 @@ from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, Samp
 
 BLOCK = 1 << 22  # bytes read at once
 LOG_WIDTH = 120  # columns where there is no terminal
-READERS = 2  # threads; hashing and reading leave Python's lock
+READERS = 4  # threads; hashing and reading leave Python's lock
 
 
 @dataclass

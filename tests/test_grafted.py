@@ -377,6 +377,14 @@ def test_placeholders_and_audio_must_agree(graft: Assembled) -> None:
         graft.model(**{**inputs, "input_features": inputs["input_features"].repeat(2, 1, 1)})
 
 
+def test_audios_in_another_order_than_their_placeholders(graft: Assembled) -> None:
+    """As many tokens as placeholders in all, but row 0 would end with the beginning of row 1's audio."""
+    inputs = graft.processor(text=[f"a{AUDIO}", f"b{AUDIO}"], audio=[waveform(4_000), waveform(3_000)])
+    swapped = {name: inputs[name].flip(0) for name in ("input_features", "audio_feature_lengths")}
+    with pytest.raises(ValueError, match=r"\[4, 3\] per row\) and audios \(\[3, 4\] tokens each\) do not fit"):
+        graft.model(**{**inputs, **swapped})
+
+
 def test_calls_that_make_no_sense(graft: Assembled, folders: tuple[Path, Path]) -> None:
     inputs = graft.processor(text=AUDIO, audio=waveform(300))
     with pytest.raises(ValueError, match="not both"):

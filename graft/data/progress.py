@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, Progress, TextColumn
 
 LOG = logging.getLogger("graft.progress")
-EVERY_S = 5.0  # between two lines of a log
+FIRST_S, LAST_S = 5.0, 60.0  # between two lines of a log: at the start, and after twenty minutes
 
 Item = TypeVar("Item")
 
@@ -45,7 +45,7 @@ class Meter:
         self.done, self.speed = done, speed
         if self._bar:
             self._bar.update(self._task, completed=done, note=self.note())
-        elif not self.quiet and time.monotonic() - self._told >= EVERY_S:
+        elif not self.quiet and time.monotonic() - self._told >= min(max(FIRST_S, self.elapsed / 20), LAST_S):
             self._told = time.monotonic()
             LOG.info("%s: %s", self.label, self.note())
 

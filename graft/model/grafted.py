@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from graft import lengths
 from graft.model.config import FEATURE_DTYPE, AudioGraftConfig
 from graft.model.projector import build_projector
 
@@ -63,8 +64,7 @@ class AudioGraftModel(Qwen2VLModel):
         """
         frames, frame_lengths = self.encode(input_features, audio_feature_lengths)
         audio_embeds = self.project(frames, frame_lengths)
-        num_tokens = -(-frame_lengths // self.config.stack_factor)
-        packed = audio_embeds[_valid(num_tokens, audio_embeds.shape[1])]
+        packed = audio_embeds[_valid(self.num_audio_tokens(frame_lengths), audio_embeds.shape[1])]
         return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=packed)
 
     def encode(
@@ -87,6 +87,10 @@ class AudioGraftModel(Qwen2VLModel):
             audio_feature_lengths = torch.full((len(frames),), frames.shape[1])
         return _join_windows(frames, audio_feature_lengths), audio_feature_lengths.to(frames.device)
 
+    def num_audio_tokens(self, audio_feature_lengths: torch.Tensor) -> torch.Tensor:
+        """Audio tokens of each audio, (N,)."""
+        return lengths.audio_tokens(audio_feature_lengths, self.config.stack_factor)  # arithmetic: tensors do as well
+
     def project(self, audio_features: torch.Tensor, audio_feature_lengths: torch.Tensor) -> torch.Tensor:
         """(N, F, D) -> audio embeddings (N, A, H). What stands behind an audio's length does not count."""
         weight = next(self.multi_modal_projector.parameters())
@@ -104,16 +108,17 @@ class AudioGraftModel(Qwen2VLModel):
         """``inputs_embeds`` (B, T, H) with the audio embeddings at their placeholders.
 
         Raises:
-            ValueError: if the placeholders are not as many as the audio tokens.
+            ValueError: if runs of placeholders and audios do not fit each other, in order.
         """
         if audio_feature_lengths is None:
             audio_feature_lengths = torch.full((len(audio_features),), audio_features.shape[1])
         audio_feature_lengths = audio_feature_lengths.to(input_ids.device)
+        num_tokens = self.num_audio_tokens(audio_feature_lengths)
+        width = lengths.audio_tokens(audio_features.shape[1], self.config.stack_factor)
+        places, tokens = _match(input_ids == self.config.audio_token_id, num_tokens, width)
         audio_embeds = self.project(audio_features, audio_feature_lengths).to(inputs_embeds.dtype)
-        num_tokens = -(-audio_feature_lengths // self.config.stack_factor)
-        is_audio = input_ids == self.config.audio_token_id
-        _check_placeholders(is_audio, num_tokens)
-        return torch.where(is_audio.unsqueeze(-1), _place(audio_embeds, num_tokens, is_audio), inputs_embeds)
+        packed = audio_embeds.flatten(0, 1).index_select(0, tokens)
+        return inputs_embeds.flatten(0, 1).index_copy(0, places, packed).view_as(inputs_embeds)
 
     def forward(
         self,
@@ -293,7 +298,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             audio_features, audio_feature_lengths = self.model.encode(input_features, audio_feature_lengths)
         if audio_feature_lengths is None:
             audio_feature_lengths = torch.full(audio_features.shape[:1], audio_features.shape[1])
-        num_tokens = -(-audio_feature_lengths // self.config.stack_factor)
+        num_tokens = self.model.num_audio_tokens(audio_feature_lengths)
         per_row = (input_ids == self.config.audio_token_id).sum(1).cumsum(0).to(num_tokens.device)
         row_of_audio = torch.searchsorted(per_row, num_tokens.cumsum(0) - num_tokens, right=True)
         order = [
@@ -322,37 +327,36 @@ def _valid(counts: torch.Tensor, width: int) -> torch.Tensor:
     return torch.arange(width, device=counts.device) < counts.unsqueeze(1)
 
 
-def _join_windows(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _join_windows(frames: torch.Tensor, frame_lengths: torch.Tensor) -> torch.Tensor:
     """Windows (W, F, D) -> audios (N, F', D), zeros after each length."""
-    size = frames.shape[1]
-    windows = [-(-length // size) for length in lengths.tolist()]
+    size, counts = frames.shape[1], frame_lengths.tolist()
+    windows = [-(-count // size) for count in counts]
     if sum(windows) != len(frames):
         raise ValueError(
             f"input_features hold {len(frames)} windows of {size} frames, but audio_feature_lengths "
-            f"{lengths.tolist()} need {sum(windows)}"
+            f"{counts} need {sum(windows)}"
         )
-    audios = [part.flatten(0, 1)[:length] for part, length in zip(frames.split(windows), lengths.tolist(), strict=True)]
+    audios = [part.flatten(0, 1)[:count] for part, count in zip(frames.split(windows), counts, strict=True)]
     return nn.utils.rnn.pad_sequence(audios, batch_first=True)
 
 
-def _check_placeholders(is_audio: torch.Tensor, num_tokens: torch.Tensor) -> None:
-    if is_audio.is_meta:
-        return
-    placeholders, tokens = torch.stack([is_audio.sum(), num_tokens.sum()]).tolist()
-    if placeholders != tokens:
+def _match(is_audio: torch.Tensor, num_tokens: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which audio token stands where: indices into the flat (B * T) positions, and into the flat (N * A) tokens.
+
+    On a GPU this waits for the host. It is done before the layers run, when nothing is under way.
+    """
+    places = is_audio.flatten().nonzero().flatten()
+    valid = _valid(num_tokens, width)
+    tokens = valid.flatten().nonzero().flatten()
+    if len(places) != len(tokens):
         raise ValueError(
-            f"the prompts hold {placeholders} audio placeholders, the audio gives {tokens} tokens "
+            f"the prompts hold {len(places)} audio placeholders, the audio gives {len(tokens)} tokens "
             f"({num_tokens.tolist()} per audio): expand placeholders with graft.lengths.audio_tokens"
         )
-
-
-def _place(audio_embeds: torch.Tensor, num_tokens: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
-    """(N, A, H) -> (B, T, H): the i-th placeholder gets the i-th audio token; other positions hold anything.
-
-    Index arithmetic instead of boolean selection, which would make a GPU wait for the host.
-    """
-    ends = num_tokens.cumsum(0)
-    rank = is_audio.flatten().cumsum(0) - 1  # the how-manieth placeholder
-    audio = torch.searchsorted(ends, rank, right=True).clamp(max=len(ends) - 1)
-    within = (rank - (ends - num_tokens)[audio]).clamp(0, audio_embeds.shape[1] - 1)
-    return audio_embeds[audio, within].view(*is_audio.shape, -1)
+    torn = (places.diff() != 1) & (tokens.div(width, rounding_mode="floor").diff() == 0)
+    if torn.any():
+        raise ValueError(
+            f"runs of audio placeholders ({is_audio.sum(1).tolist()} per row) and audios ({num_tokens.tolist()} tokens "
+            "each) do not fit: an audio would be torn apart. Audios must stand in the order of their placeholders"
+        )
+    return places, tokens
