@@ -1,0 +1,157 @@
+"""What the tiny Qwen2-VL learns before it ever hears speech: to write grammar sentences from a letter-like murmur.
+
+Where speech will stand later, a *murmur* of the sentence stands now: its letters laid on a time line, each long or
+short, some wrong or missing, and cut into slots of equal length, so that a slot holds a mixture of the letters that
+fall into it. A projector that says roughly which letters it hears is then understood from the first step.
+
+Shapes: B sequences, L positions, S slots, V rows of the embedding matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from transformers import Qwen2Tokenizer
+
+from grammar import sentence
+from qwen2vl_base import SYSTEM
+
+IGNORED = -100
+TRANSCRIBE = "Transcribe the speech."
+INSTRUCTIONS = [
+    TRANSCRIBE,
+    "Transcribe the audio.",
+    "Write down what is said.",
+    "What does the speaker say?",
+    "Repeat the words.",
+]
+HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+MARKED_SHARE = 0.6  # murmurs that stand between the vision markers, as speech will between its own
+PIECES_SHARE = 0.2  # murmurs of word pieces in place of letters
+PLAIN_SHARE = 0.05  # sequences that are sentences and nothing else
+
+
+@dataclass
+class Sequence:
+    """``mixture`` (L, V), each position a weighted mixture of embedding rows; ``labels`` (L,); ``noisy`` (L,) bool."""
+
+    mixture: torch.Tensor
+    labels: torch.Tensor
+    noisy: torch.Tensor
+
+
+class TaskMaker:
+    """Draws training sequences; its sentences are never in ``excluded``."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, num_rows: int, excluded: Collection[str]) -> None:
+        self.tokenizer = tokenizer
+        self.num_rows = num_rows
+        self.excluded = frozenset(excluded)
+
+    def draw(self, rng: Random) -> Sequence:
+        """A plain sentence, or a murmur with an instruction and the sentence as the answer."""
+        text = draw_sentence(rng, self.excluded)
+        if rng.random() < PLAIN_SHARE:
+            ids = self.encode(text + "<|endoftext|>")
+            return self.sequence(one_hot(ids, self.num_rows), ids, 0)
+        return self.transcription(self.murmur(text, rng), text, draw_instruction(rng), rng.random() < MARKED_SHARE)
+
+    def transcription(self, speech: torch.Tensor, text: str, instruction: str, marked: bool) -> Sequence:
+        """The chat in which ``speech`` (S, V) stands in the user's turn and ``text`` is the answer."""
+        before, after = ("<|vision_start|>", "<|vision_end|>") if marked else ("", "")
+        head, tail = self.encode(HEAD + before), self.encode(after + instruction + TAIL)
+        answer = self.encode(text + "<|im_end|>\n")
+        mixture = torch.cat([one_hot(head, self.num_rows), speech, one_hot(tail + answer, self.num_rows)])
+        sequence = self.sequence(mixture, answer, len(answer))
+        sequence.noisy[len(head) : len(head) + len(speech)] = True
+        sequence.labels[-1] = IGNORED  # the line break behind the turn
+        return sequence
+
+    def sequence(self, mixture: torch.Tensor, answer: list[int], num_labels: int) -> Sequence:
+        """Labels on the last ``num_labels`` positions, on all for 0."""
+        labels = torch.full((len(mixture),), IGNORED)
+        labels[-num_labels:] = torch.tensor(answer)
+        return Sequence(mixture, labels, torch.zeros(len(mixture), dtype=torch.bool))
+
+    def murmur(self, text: str, rng: Random) -> torch.Tensor:
+        """``text`` as noisy, over-long, letter-like slots (S, V)."""
+        if rng.random() < PIECES_SHARE:
+            return self.slots(self.encode(text), rng, mean_slots=rng.uniform(1.5, 3.0))
+        return self.slots(self.spell(text, rng), rng, mean_slots=rng.uniform(0.5, 1.4))
+
+    def spell(self, text: str, rng: Random) -> list[int]:
+        """Letter ids of ``text``; some wrong, some missing, word gaps often missing."""
+        letters = []
+        for letter in text:
+            chance = rng.random()
+            if chance < (0.3 if letter == " " else 0.04):
+                continue
+            if chance > 0.95 and letter != " ":
+                letter = rng.choice("abcdefghijklmnopqrstuvwxyz")
+            letters.append("Ġ" if letter == " " else letter)
+        return self.tokenizer.convert_tokens_to_ids(letters or ["Ġ"])
+
+    def slots(self, ids: list[int], rng: Random, mean_slots: float) -> torch.Tensor:
+        """Lay ``ids`` on a time line, each for about ``mean_slots``, and cut it into slots (S, V)."""
+        gap = self.tokenizer.convert_tokens_to_ids("Ġ")
+        ids = [gap] + ids + [gap]
+        ends = np.cumsum([mean_slots * rng.lognormvariate(0, 0.4) for _ in ids])
+        starts = np.concatenate([[0], ends[:-1]])
+        edges = np.arange(int(np.ceil(ends[-1])))[:, None]
+        overlap = np.clip(np.minimum(ends, edges + 1) - np.maximum(starts, edges), 0, None)
+        weights = torch.tensor(overlap / overlap.sum(1, keepdims=True), dtype=torch.float32)
+        return weights @ one_hot(ids, self.num_rows)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text).input_ids
+
+
+def draw_sentence(rng: Random, excluded: Collection[str]) -> str:
+    """A sentence of the grammar that is not in ``excluded``."""
+    while (text := sentence(rng)) in excluded:
+        pass
+    return text
+
+
+def draw_instruction(rng: Random) -> str:
+    """The usual instruction half of the time, else one of its variations."""
+    return TRANSCRIBE if rng.random() < 0.5 else rng.choice(INSTRUCTIONS)
+
+
+def one_hot(ids: list[int], num_rows: int) -> torch.Tensor:
+    """(L,) ids as mixtures of one (L, V)."""
+    return torch.nn.functional.one_hot(torch.tensor(ids, dtype=torch.long), num_rows).float()
+
+
+@dataclass
+class TextBatch:
+    """``mixture`` (B, L, V), ``labels``, ``noisy`` and ``attention_mask`` (B, L), padded on the right."""
+
+    mixture: torch.Tensor
+    labels: torch.Tensor
+    noisy: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def collate(sequences: list[Sequence]) -> TextBatch:
+    """Pad sequences on the right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return TextBatch(
+        pad([sequence.mixture for sequence in sequences], batch_first=True),
+        pad([sequence.labels for sequence in sequences], batch_first=True, padding_value=IGNORED),
+        pad([sequence.noisy for sequence in sequences], batch_first=True),
+        pad([torch.ones(len(sequence.labels), dtype=torch.long) for sequence in sequences], batch_first=True),
+    )
+
+
+def embed(batch: TextBatch, embedding: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Input embeddings (B, L, D) of a batch; murmurs louder or fainter, and noisy, as a young projector's output is."""
+    embeds = batch.mixture @ embedding
+    loudness = torch.empty(len(embeds), 1, 1).uniform_(0.6, 1.6, generator=generator)
+    noise = torch.randn(embeds.shape, generator=generator) * embedding.detach().std() * 0.3
+    return torch.where(batch.noisy.unsqueeze(-1), embeds * loudness + noise, embeds)

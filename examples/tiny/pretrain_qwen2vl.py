@@ -1,0 +1,151 @@
+"""Pretrain the tiny Qwen2-VL on text and pictures and save it, in stock Hugging Face format, to ``qwen2_vl/``.
+
+    python examples/tiny/pretrain_qwen2vl.py [--steps 900] [--cache FOLDER] [--output FOLDER]
+
+It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
+coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
+on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import jiwer
+import torch
+from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from chat_tasks import INSTRUCTIONS, TRANSCRIBE, TaskMaker, TextBatch, collate, draw_sentence, embed
+from make_corpus import HERE, plan_corpus
+from pictures import COLOURS, QUESTIONS, SHAPES, picture_batch
+from qwen2vl_base import SYSTEM, make_config, make_generation_config, make_tokenizer, save_base
+from training_run import Losses, TrainingRun
+
+PEAK_LR = 2e-3
+WARMUP_STEPS = 100
+BATCH_SIZE = 24
+PICTURE_EVERY = 4  # steps
+NUM_TOKENIZER_SENTENCES = 10_000
+
+
+@dataclass
+class Training:
+    """What is trained, and what it learns from."""
+
+    model: Qwen2VLForConditionalGeneration
+    tokenizer: Qwen2Tokenizer
+    tasks: TaskMaker
+    processor: Qwen2VLImageProcessorPil
+    seed: int
+
+
+def held_out_sentences(seed: int) -> list[str]:
+    """The sentences of valid and test."""
+    plans = plan_corpus(seed)
+    return [plan.text for split in ("valid", "test") for plan in plans[split]]
+
+
+def tokenizer_texts(excluded: Collection[str], seed: int) -> list[str]:
+    """What the tokenizer learns its pieces from: sentences, and the fixed phrases of the chat."""
+    rng = Random(f"{seed}/tokenizer")
+    answers = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    phrases = [SYSTEM, "system\nuser\nassistant\n", *INSTRUCTIONS, *QUESTIONS, *answers]
+    return [draw_sentence(rng, excluded) for _ in range(NUM_TOKENIZER_SENTENCES)] + phrases * 200
+
+
+def make_training(seed: int) -> Training:
+    """A model with random weights and all it learns from."""
+    torch.manual_seed(seed)
+    excluded = frozenset(held_out_sentences(seed))
+    tokenizer = make_tokenizer(tokenizer_texts(excluded, seed))
+    config = make_config(tokenizer)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = make_generation_config(tokenizer)
+    tasks = TaskMaker(tokenizer, config.text_config.vocab_size, excluded)
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=224 * 224)
+    return Training(model, tokenizer, tasks, processor, seed)
+
+
+def losses_of(training: Training, step: int) -> Losses:
+    """The losses of one step: text, and every ``PICTURE_EVERY`` steps pictures too."""
+    rng = Random(f"{training.seed}/step/{step}")
+    batch = collate([training.tasks.draw(rng) for _ in range(BATCH_SIZE)])
+    losses = {"text": text_loss(training.model, batch, torch.Generator().manual_seed(rng.getrandbits(32)))}
+    if step % PICTURE_EVERY == 0:
+        arguments, _ = picture_batch(BATCH_SIZE // 2, rng, training.tokenizer, training.processor)
+        losses["pictures"] = training.model(**arguments).loss
+    return losses
+
+
+def text_loss(model: Qwen2VLForConditionalGeneration, batch: TextBatch, generator: torch.Generator) -> torch.Tensor:
+    """Mean cross entropy over the labels of a text batch."""
+    embeds = embed(batch, model.get_input_embeddings().weight, generator)
+    return model(inputs_embeds=embeds, attention_mask=batch.attention_mask, labels=batch.labels).loss
+
+
+@torch.inference_mode()
+def murmur_error_rate(training: Training, sentences: list[str]) -> float:
+    """WER of the model's answers to murmurs of unseen sentences."""
+    rng, tasks, model = Random(f"{training.seed}/murmur"), training.tasks, training.model
+    answers = []
+    for text in sentences:
+        sequence = tasks.transcription(tasks.murmur(text, rng), text, TRANSCRIBE, marked=True)
+        prompt = collate([sequence]).mixture[:, : -len(tasks.encode(text + "<|im_end|>\n"))]
+        ids = model.generate(
+            inputs_embeds=prompt @ model.get_input_embeddings().weight, attention_mask=torch.ones(prompt.shape[:2])
+        )
+        answers.append(training.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    return jiwer.wer(sentences, answers)
+
+
+@torch.inference_mode()
+def language_loss(training: Training, sentences: list[str]) -> float:
+    """Mean cross entropy, in nats a token, of unseen sentences as plain text."""
+    rows = [training.tasks.encode(text + "<|endoftext|>") for text in sentences]
+    losses = [training.model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows]
+    return torch.stack(losses).mean().item()
+
+
+@torch.inference_mode()
+def picture_accuracy(training: Training, count: int = 100) -> float:
+    """Share of unseen pictures that are named exactly."""
+    rng = Random(f"{training.seed}/unseen pictures")
+    arguments, answers = picture_batch(count, rng, training.tokenizer, training.processor, with_answers=False)
+    del arguments["labels"]
+    ids = training.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
+    heard = training.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return sum(answer == said.strip() for answer, said in zip(answers, heard, strict=True)) / count
+
+
+def report(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "qwen2_vl")
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-qwen2-vl")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+
+    training = make_training(arguments.seed)
+    checkpoint = arguments.cache / "checkpoint.pt"
+    run = TrainingRun(training.model, checkpoint, arguments.steps, PEAK_LR, WARMUP_STEPS, report)
+    run.train(partial(losses_of, training))
+    save_base(training.model, training.tokenizer, arguments.output)
+    training.model.eval()
+    unseen = held_out_sentences(arguments.seed)
+    print(f"unseen sentences: {language_loss(training, unseen):.3f} nats a token as plain text")
+    print(f"unseen sentences, murmured: WER {murmur_error_rate(training, unseen):.2%}")
+    print(f"unseen pictures named exactly: {picture_accuracy(training):.0%}")
+
+
+if __name__ == "__main__":
+    main()

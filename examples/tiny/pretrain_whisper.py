@@ -1,0 +1,113 @@
+"""Pretrain the tiny Whisper on espeak-ng speech and save it, in stock Hugging Face format, to ``whisper/``.
+
+    python examples/tiny/pretrain_whisper.py [--steps 1800] [--cache FOLDER] [--output FOLDER]
+    python examples/tiny/pretrain_whisper.py --second
+
+The pretraining speech is made on the first run: sentences of the grammar that are in no split of the corpus, spoken by
+train voices. Run the same command again after an interruption and it goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from transformers import WhisperForConditionalGeneration
+
+from augmentation import Augmentation
+from grammar import sentences
+from make_corpus import HERE, Plan, plan_corpus, texts_of
+from speech_set import SpeechSet, load_cache, read_manifest, save_cache
+from voices import draw_voice, synthesise
+from whisper_base import load_base, make_config, make_generation_config, make_tokenizer
+from whisper_pretraining import Pretrainer, Schedule, Training, draw_from, pretrain, word_error_rate
+
+STRONG = Augmentation()
+MILD = Augmentation(
+    noise_probability=0.25,
+    snr_db=(15.0, 40.0),
+    filter_probability=0.25,
+    tilt_db=5.0,
+    high_cut_hz=(3_500.0, 8_000.0),
+    time_masks=1,
+    time_mask_frames=10,
+    band_masks=1,
+    band_mask_bins=8,
+)
+WIDE = replace(MILD, speed=(0.8, 1.35), tempo=(0.75, 1.15), time_mask_frames=14, tilt_db=8.0)
+STRONG_STEPS = 580
+SECOND = Schedule(700, peak_lr=7e-4, warmup_steps=80, ctc_weight=0.3)
+
+
+def augmentation(step: int) -> Augmentation:
+    """Strong at first, so that the ear is robust; mild afterwards, so that it grows sharp on clean speech."""
+    return STRONG if step < STRONG_STEPS else MILD
+
+
+def plan_pretraining(count: int, seed: int) -> list[Plan]:
+    """Train voices, and sentences that are in no split of the corpus."""
+    texts = sentences(count, Random(f"{seed}/pretraining/sentences"), texts_of(plan_corpus(seed)))
+    return [Plan(str(i), text, "train", f"{seed}/pretraining/{i}") for i, text in enumerate(texts)]
+
+
+def speak(plan: Plan) -> np.ndarray:
+    return synthesise(plan.text, draw_voice(plan.voices, Random(plan.seed)))
+
+
+def pretraining_speech(count: int, seed: int, cache: Path) -> SpeechSet:
+    """The pretraining set, spoken on all cores on the first call and read from ``cache`` afterwards."""
+    path = cache / f"speech-{seed}-{count}.npz"
+    if not path.exists():
+        save_cache(speak_all(plan_pretraining(count, seed)), path)
+    return load_cache(path)
+
+
+def speak_all(plans: list[Plan]) -> SpeechSet:
+    """Speak every plan; progress is printed."""
+    speech, start = SpeechSet(), time.monotonic()
+    with ProcessPoolExecutor() as pool:
+        for plan, waveform in zip(plans, pool.map(speak, plans, chunksize=32), strict=True):
+            speech.append(waveform, plan.text)
+            if len(speech) % 1_000 == 0:
+                left = (time.monotonic() - start) / len(speech) * (len(plans) - len(speech))
+                print(f"speaking {len(speech)}/{len(plans)} utterances, {left:.0f} s left", flush=True)
+    return speech
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=HERE / "corpus")
+    parser.add_argument("--output", type=Path, default=HERE / "whisper")
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-whisper")
+    parser.add_argument("--utterances", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=1_800)
+    parser.add_argument("--second", action="store_true", help="go on from what is there, for voices that are far off")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+
+    train, valid, test = (read_manifest(arguments.corpus / f"{split}.jsonl") for split in ("train", "valid", "test"))
+    speech = train + pretraining_speech(arguments.utterances, arguments.seed, arguments.cache)
+    how, schedule, checkpoint = augmentation, Schedule(arguments.steps), arguments.cache / "checkpoint.pt"
+    if arguments.second:
+        whisper, tokenizer = load_base(arguments.output)
+        how, schedule, checkpoint = (lambda step: WIDE), SECOND, arguments.cache / "second.pt"
+    else:
+        tokenizer = make_tokenizer(speech.texts)
+        whisper = WhisperForConditionalGeneration(make_config(tokenizer))
+        whisper.generation_config = make_generation_config(tokenizer)
+    training = Training(Pretrainer(whisper), tokenizer, draw_from(speech), how, valid, checkpoint, arguments.output)
+    schedule = replace(schedule, seed=arguments.seed + arguments.second)
+    pretrain(training, schedule, report=lambda line: print(line, flush=True))
+    print(f"test: WER of the decoder on unseen voices {word_error_rate(whisper.eval(), tokenizer, test):.2%}")
+
+
+if __name__ == "__main__":
+    main()
