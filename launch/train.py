@@ -29,6 +29,7 @@ from graft.model.assemble import Assembled, assemble
 from graft.model.trainable import describe, select_trainable
 from graft.ranks import Ranks, stop
 from graft.recipe import Recipe, load_recipe
+from graft.run_dir import read_state
 from graft.sources import Sources
 from graft.tracker import NullTracker, tracker_for
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
@@ -61,6 +62,7 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
     sources = Sources(recipe, ranks, ranks.device())
     template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
     feed = Feed(sources.open(recipe.data.train_split), template, stage, recipe.data, ranks, recipe.run.seed + number)
+    check_encoder(checkpoint, sources)
     about = {
         "max_steps": stage.max_steps,
         "settings": settings_that_matter(recipe, number),
@@ -135,6 +137,16 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
             layer.compile(dynamic=True)  # layer by layer: one graph serves them all, and lengths differ
     LOG.info("%s", describe(graft.model))
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
+
+
+def check_encoder(checkpoint: Path | None, sources: Sources) -> None:
+    """Refuse a projector that was trained on another encoder's features: it would be deaf to this one's."""
+    trained_on = read_state(checkpoint)["encoder_fingerprint"] if checkpoint else sources.fingerprint
+    if trained_on != sources.fingerprint:
+        raise ValueError(
+            f"{checkpoint} was trained on features of another encoder (fingerprint {trained_on[:12]}, the recipe's "
+            f"bases.whisper has {sources.fingerprint[:12]}): use that encoder, or train stage 1 again"
+        )
 
 
 def check_alike(what: dict, ranks: Ranks) -> None:

@@ -52,7 +52,7 @@ Command = Callable[..., Outcome]
 def run_command(
     command: Sequence[str],
     *,
-    timeout_s: float = 240,
+    timeout_s: float = 400,
     expect: int | None = 0,
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,

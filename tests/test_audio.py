@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.audio import AudioError, check_length, header_duration, load_audio, read_pcm, windows, write_pcm
@@ -143,6 +143,7 @@ def test_pcm_comes_back_bit_by_bit(tmp_path: Path) -> None:
         read_pcm(tmp_path / "two.wav")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20_000), st.integers(1, 17))
 def test_joined_windows_lose_no_sample_and_no_frame(length: int, num_frames: int) -> None:
     waveform, window = np.arange(length, dtype=np.float32), Window(num_frames)

@@ -17,7 +17,7 @@ PAD, AUDIO, END = -8, -9, 77
 class Tokenizer:
     """Each letter is its place in the alphabet."""
 
-    pad_token_id, eos_token_id = PAD, END
+    pad_token_id, all_special_ids, added_tokens_decoder = PAD, [PAD, END], {}
 
     def convert_tokens_to_ids(self, token: str) -> int:
         return {"@": AUDIO}[token]

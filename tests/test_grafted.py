@@ -151,11 +151,14 @@ def test_a_batch_transcribes_as_each_alone(graft: Assembled) -> None:
     assert len({tuple(tokens) for tokens in alone}) >= 4, "a deaf model would pass, and show nothing"
 
 
+@pytest.mark.parametrize("from_frames", [True, False])
 def test_generating_is_repeated_argmax_and_hears_the_audio_once(
-    graft: Assembled, monkeypatch: pytest.MonkeyPatch
+    graft: Assembled, monkeypatch: pytest.MonkeyPatch, from_frames: bool
 ) -> None:
     """The KV cache changes no token, and the audio goes through encoder and projector on the first step only."""
     inputs, calls = graft.processor.apply_transcription_request(waveform(9_999)), []
+    if from_frames:
+        inputs = by_frames(graft.model, inputs)
     by_hand = dict(inputs)
     for _ in range(6):
         best = logits(graft.model, **by_hand)[:, -1].argmax(-1, keepdim=True)

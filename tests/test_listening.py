@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.evaluation.listening import SwappedSource, swapped_partners
@@ -35,6 +35,7 @@ def partners(texts: str, lengths: list[int] | None = None, seed: int = 1) -> lis
 TEXTS = st.text("abcd", min_size=2, max_size=23).filter(lambda texts: len(set(texts)) > 1)
 
 
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.data())
 def test_the_audio_is_of_another_text(texts: str, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=len(texts), max_size=len(texts)))
@@ -42,6 +43,7 @@ def test_the_audio_is_of_another_text(texts: str, data: st.DataObject) -> None:
     assert all(texts[partner] != text for partner, text in zip(chosen, texts, strict=True))
 
 
+@settings(max_examples=60, deadline=None)
 @given(TEXTS)
 def test_every_audio_once_where_that_is_possible(texts: str) -> None:
     """It is, unless one text is more than half of all."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.manifest import (
@@ -170,6 +170,7 @@ def test_byte_order_mark_crlf_and_odd_separators(tmp_path: Path) -> None:
 TEXT = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT, st.floats(0.01, 1e4), st.floats(0, 9)), min_size=1, unique_by=lambda t: t[0]))
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple]) -> None:
     folder = tmp_path_factory.mktemp("m")
@@ -216,6 +217,7 @@ def test_keys_hold_nothing_that_webdataset_cuts_at() -> None:
     assert sample_key("x" * 80) == "x" * 80
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=2, unique=True))
 def test_different_ids_have_different_keys(ids: list[str]) -> None:
     keys = [sample_key(i) for i in ids if i.isprintable() or i.isascii()]

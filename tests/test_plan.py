@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.plan import (
@@ -35,6 +35,7 @@ def shares(step: list[int], costs: list[int], world_size: int, budget: int = BUD
     return [rank_share(step, costs, ranks(rank, world_size), budget) for rank in range(world_size)]
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 40), st.integers(1, 9))
 def test_every_utterance_exactly_once_an_epoch(costs: list[int], seed: int, epoch: int, size: int, pool: int) -> None:
     steps = plan_epoch(costs, seed=seed, epoch=epoch, global_batch_size=size, shuffle_pool=pool)
@@ -44,6 +45,7 @@ def test_every_utterance_exactly_once_an_epoch(costs: list[int], seed: int, epoc
     assert len(steps) == num_steps_per_epoch(len(costs), size)
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(1, 8), st.integers(BUDGET, 400))
 def test_shares_are_the_step(costs: list[int], world_size: int, budget: int) -> None:
     step = random.Random(5).sample(range(len(costs)), len(costs))
@@ -60,6 +62,7 @@ def test_shares_are_the_step(costs: list[int], world_size: int, budget: int) -> 
     assert max(counts) - min(counts) <= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, BUDGET), min_size=32, max_size=150), st.integers(1, 8))
 def test_ranks_take_equally_many_micro_batches_where_there_is_enough(costs: list[int], world_size: int) -> None:
     dealt = shares(list(range(len(costs))), costs, world_size)
@@ -153,6 +156,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(plans) == 9
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.lists(st.integers(0, 2**40), max_size=3))
 def test_permutation(size: int, key: list[int]) -> None:
     assert sorted(permutation(size, key).tolist()) == list(range(size))
@@ -173,6 +177,7 @@ def test_permutation_is_even() -> None:
     assert all(320 < count < 480 for row in counts for count in row)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 8))
 def test_evaluation_shares_are_the_set(count: int, world_size: int) -> None:
     dealt = [evaluation_share(count, ranks(rank, world_size)) for rank in range(world_size)]

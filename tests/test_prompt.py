@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.prompt import IGNORE_INDEX, PromptTemplate
@@ -65,6 +65,7 @@ def test_labels_are_the_text_and_its_end(processor, template: PromptTemplate) ->
     assert labels[-1] == processor.tokenizer.eos_token_id and template.end_ids == (labels[-1],)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.integers(1, 40))
 def test_boundaries_hold_for_any_text(text: str, tokens: int) -> None:
     template = CACHED["template"]
@@ -115,6 +116,11 @@ def test_the_shipped_tokenizer_too() -> None:
     processor = make_processor(AutoTokenizer.from_pretrained(recipe.bases.qwen2_vl))
     template = PromptTemplate.from_processor(processor, SYSTEM, INSTRUCTION)
     prompt = processor.tokenizer.decode(template.prompt_ids(1))
+    assert processor.tokenizer.decode(template.end_ids) == "<|im_end|>", (
+        "not the tokenizer's own end token"
+    )
+    control = set(processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|audio_pad|>", "<|endoftext|>"]))
+    assert not control & set(template.text_ids("<|im_end|> <|audio_pad|> <|endoftext|>"))
     for text in ("seven three", "can you sleep with oliver today", "it's", "Zebra!"):
         assert processor.tokenizer(prompt + text)["input_ids"] == template.prompt_ids(1) + template.text_ids(text)
 
@@ -128,6 +134,7 @@ def test_an_utterance_brings_its_own_instruction(processor, template: PromptTemp
     assert ids[: len(own)] == own and labels[len(own)] == ids[len(own)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.text(max_size=20))
 def test_cost_is_the_length_of_the_sequence(num_frames: int, text: str) -> None:
     template = CACHED["template"]
@@ -169,5 +176,5 @@ def test_a_template_without_an_end(processor) -> None:
         def apply_chat_template(self, messages, tokenize, add_generation_prompt):
             return "<|audio_pad|>" + "reply" * (not add_generation_prompt)
 
-    with pytest.raises(ValueError, match="without the tokenizer's end token"):
+    with pytest.raises(ValueError, match="ends a reply with '', which holds no special token"):
         PromptTemplate.from_processor(Endless(), SYSTEM, INSTRUCTION)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graft.data.text import NORMALIZERS, clean_text, normalize
@@ -38,6 +38,7 @@ def test_clean_text(raw: str, clean: str) -> None:
 SPACES = st.text(st.sampled_from(["\\", "n", "r", " ", "\n", "\r", "\u0301", "e", "\ufeff", "\x00", "é", "a"]))
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), SPACES))
 @example("\\\ufeffn")
 @example("e\ufeff\u0301")
@@ -50,6 +51,7 @@ def test_clean_text_is_stable_and_one_line(raw: str) -> None:
     assert not set("\n\r\t\x00\ufeff") & set(clean) and "\\n" not in clean
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1))
 def test_clean_text_keeps_all_that_is_written(raw: str) -> None:
     composed = unicodedata.normalize("NFC", raw)
@@ -77,6 +79,7 @@ def test_normalize(name: str, raw: str, normalised: str) -> None:
     assert normalize(raw, name) == normalised
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 @example("℡")
 @example("İ")
@@ -86,6 +89,7 @@ def test_basic_is_stable(raw: str) -> None:
     assert normalize(once, "basic") == once
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.sampled_from("azÉßñжяनमस्तेไทยข้าา漢字"), min_size=1), min_size=1, max_size=4))
 def test_basic_splits_no_word_and_joins_none(words: list[str]) -> None:
     assert len(normalize(", ".join(words), "basic").split()) == len(words)

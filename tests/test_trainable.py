@@ -58,6 +58,7 @@ def test_trained_weights_are_fp32_and_frozen_ones_are_not(
     model: AudioGraftForConditionalGeneration, recipe: Recipe
 ) -> None:
     add_lora(model, recipe.lora)
+    model.to(torch.bfloat16)  # as a model read from one folder would be
     chosen = select_trainable(model, 2)
     assert {parameter.dtype for parameter in chosen.values()} == {torch.float32}
     frozen = [parameter for name, parameter in model.named_parameters() if name not in chosen]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bases import qwen2_vl_folder, recipe, tokenizer, whisper_folder
 from torch import nn
@@ -148,6 +148,7 @@ def test_training_goes_on_as_before(graft: Assembled, template: PromptTemplate) 
         graft.model.requires_grad_(False)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 90), max_size=40), st.integers(1, 7))
 def test_shares_cover_all_exactly_once(lengths: list[int], world_size: int) -> None:
     shares = [rank_share(lengths, Ranks(rank, world_size)) for rank in range(world_size)]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import jiwer
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.evaluation.wer import ErrorCounts, alignment, confidence_interval, score, score_each
@@ -76,6 +76,7 @@ def test_an_unknown_normalizer_is_refused() -> None:
 TEXT = st.text(alphabet="ab \u00e9\u0928", max_size=12)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=8), st.integers(0, 8))
 def test_parts_add_up_to_the_whole(pairs: list[tuple[str, str]], cut: int) -> None:
     references, hypotheses = map(list, zip(*pairs, strict=True))
@@ -85,6 +86,7 @@ def test_parts_add_up_to_the_whole(pairs: list[tuple[str, str]], cut: int) -> No
     assert whole == ErrorCounts(*whole.as_list())
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.text("ab ", max_size=12), st.text("ab ", max_size=12)), min_size=1, max_size=8))
 def test_totals_are_jiwers(pairs: list[tuple[str, str]]) -> None:
     references, hypotheses = (list(map(str.strip, side)) for side in zip(*pairs, strict=True))

@@ -46,12 +46,11 @@ class PromptTemplate:
         """Use a processor with ``tokenizer``, ``apply_chat_template``, ``audio_token`` and ``stack_factor``.
 
         Raises:
-            ValueError: the template does not hold the audio exactly once, or does not end a reply with the tokenizer's
-                end token.
+            ValueError: the template does not hold the audio exactly once, or ends a reply with no special token.
         """
         tokenizer = processor.tokenizer
-        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no pad or no end token; Qwen2-VL's has both")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; Qwen2-VL's has one")
         template = cls(
             processor,
             system,
@@ -127,14 +126,22 @@ class PromptTemplate:
         return self._parts[instruction]
 
     def _find_end(self) -> tuple[int, ...]:
-        """What the template puts after a reply, up to the token that ends generation."""
+        """What the template puts after a reply, up to its first special token: there generation ends.
+
+        That is ``<|im_end|>``, which is the end token of Qwen2-VL-Instruct's tokenizer, but not of the base model's.
+        """
         prompt, whole = self._render(self.instruction), self._render(self.instruction, REPLY)
         if not whole.startswith(prompt + REPLY):
             raise ValueError(f"the chat template does not continue its own prompt with the reply: {whole!r}")
-        tail, end = self._ids(whole.removeprefix(prompt + REPLY)), self.processor.tokenizer.eos_token_id
-        if end not in tail:
-            raise ValueError(f"the chat template ends a reply with {tail}, without the tokenizer's end token {end}")
-        return tuple(tail[: tail.index(end) + 1])
+        tail = self._ids(whole.removeprefix(prompt + REPLY))
+        special = _special_ids(self.processor.tokenizer)
+        end = next((position for position, token in enumerate(tail) if token in special), None)
+        if end is None:
+            raise ValueError(
+                f"the chat template ends a reply with {whole.removeprefix(prompt + REPLY)!r}, which holds no special "
+                "token: generation would never know where to stop"
+            )
+        return tuple(tail[: end + 1])
 
     def _render(self, instruction: str, reply: str | None = None) -> str:
         messages = [
@@ -147,3 +154,8 @@ class PromptTemplate:
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids that stand for control, not text, whether or not the tokenizer has a name (eos, pad) for them."""
+    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

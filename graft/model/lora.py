@@ -190,9 +190,9 @@ def _initialise(model: nn.Module, seed: int) -> None:
 
 
 def _cast_unless_autocast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """PEFT casts a layer's input to the adapter's fp32, even where autocast would undo it at once.
+    """PEFT casts a layer's input to the adapter's fp32, even where autocast undoes it at once.
 
-    The copy is kept for the backward pass: 13.6 instead of 6 MB a token in a 7B model.
+    Each layer would then keep a copy of its own for the backward pass, though q, k and v share one input.
     """
     if x is None or x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
         return x

@@ -49,7 +49,8 @@ class Loop:
             while True:
                 stopping = self._stops(position, start, stop)
                 if position.step > start:
-                    self._evaluate_and_save(position, last_step, stopping)
+                    with self.meter.pause():
+                        self._evaluate_and_save(position, last_step, stopping)
                 if position.step == last_step or stopping:
                     return position.step == last_step
                 waiting = time.perf_counter()
@@ -57,7 +58,7 @@ class Loop:
                 waited_s = time.perf_counter() - waiting
                 result = self._step(inputs, position)
                 self.meter.add(result, inputs.micro_batches, waited_s)
-                if (position.stage_step - 1) % self.recipe.run.log_every == 0 or position.step == last_step:
+                if position.stage_step % self.recipe.run.log_every == 0 or position.step in (start + 1, last_step):
                     self._log(position, inputs, result, last_step)
         finally:
             steps.close()
@@ -87,7 +88,6 @@ class Loop:
             LOG.info("saved %s", folder)
         if improved:
             self.checkpoints.mark_best(position)
-        self.meter.pause()
 
     def _evaluate(self, position: Position) -> bool:
         scalars = self.evaluate(position.step)

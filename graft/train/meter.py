@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -67,10 +68,12 @@ class StepMeter:
     def _restart(self) -> None:
         self._started, self._losses, self._counts, self._waited_s = time.perf_counter(), [], [0.0] * 3, 0.0
 
-    def pause(self) -> None:
-        """Forget the time that passed since the last step: it went into an evaluation or a checkpoint."""
-        if not self._losses:
-            self._started = time.perf_counter()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count the time inside: it goes into an evaluation or a checkpoint."""
+        paused = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - paused
 
 
 @dataclass
