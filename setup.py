@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.3",
-        "transformers>=5.10.4,<6",
+        "transformers>=5.20,<6",
         "peft>=0.19",
         "webdataset>=1.0,<2",
         "jiwer>=4,<5",

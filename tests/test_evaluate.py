@@ -355,6 +355,7 @@ def test_a_damaged_checkpoint_is_refused(command: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_by_the_launcher(
     command: ModuleType, run_dir: Path, run_launcher: Callable, run_python: Callable, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_another_instruction_is_in_the_prompt(command: ModuleType, run_dir: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_as_a_command(run_dir: Path, run_python: Callable, sounds: list[Path], tmp_path: Path) -> None:
     """From another folder, with nothing but paths on the command line; exit codes as promised."""
     script = ROOT / "launch" / "transcribe.py"

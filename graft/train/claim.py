@@ -90,7 +90,7 @@ def dress(model: AudioGraftForConditionalGeneration, recipe: Recipe, stage: int,
     if checkpoint:
         load_trained(checkpoint, model)
     if stage == 2 and (checkpoint is None or not (checkpoint / "adapter").is_dir()):
-        add_lora(model, recipe.lora)
+        add_lora(model, recipe.lora, recipe.run.seed)
 
 
 def _finished_step(run_dir: Path, checkpoint: Path) -> int:
