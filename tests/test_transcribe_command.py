@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from safetensors.torch import load_file
 from tiny_run import noise, tiny_run
 
 from graft.recipe import load_recipe
@@ -77,6 +78,12 @@ def test_every_kind_of_file_in_the_order_given(
     captured = capsys.readouterr()
     assert list(told(captured.out)) == list(map(str, sounds))
     assert len(set(told(captured.out).values())) > 1, "the model hears no difference, so this proves nothing"
+
+
+def test_the_trained_projector_is_used(command: ModuleType, run_dir: Path) -> None:
+    trained = load_file(find_checkpoint(run_dir) / "projector.safetensors")
+    used = scribe(command, run_dir).model.model.multi_modal_projector.state_dict()
+    assert trained.keys() == used.keys() and all(torch.equal(trained[name], used[name]) for name in trained)
 
 
 def test_a_bad_file_is_named_and_the_others_are_done(
