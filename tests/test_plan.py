@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graft.data.plan import (
@@ -37,6 +37,7 @@ def shares(step: list[int], costs: list[int], world_size: int, budget: int = BUD
 
 @settings(deadline=None)
 @given(COSTS, st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 40), st.integers(1, 9))
+@example(costs=[1] * 9, seed=1, epoch=0, size=4, pool=2)
 def test_every_utterance_exactly_once_an_epoch(costs: list[int], seed: int, epoch: int, size: int, pool: int) -> None:
     steps = plan_epoch(costs, seed=seed, epoch=epoch, global_batch_size=size, shuffle_pool=pool)
     assert sorted(chain.from_iterable(steps)) == list(range(len(costs)))

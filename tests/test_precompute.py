@@ -350,16 +350,25 @@ def test_an_encoder_that_gives_nan(manifest: Path, tmp_path: Path) -> None:
 
 def test_an_encoder_that_fails_leaves_no_debris(manifest: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     class Failing(StubEncoder):
+        def __init__(self, full_after: int) -> None:
+            super().__init__()
+            self.full_after = full_after
+
         def encode(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
-            if len(self.batches) == 5:
+            if len(self.batches) == self.full_after:
                 raise MemoryError("no room")
             return super().encode(waveforms)
 
     with pytest.raises(RuntimeError, match="MemoryError: no room"):
-        precompute(recipe(manifest, tmp_path), "train", Failing(), Ranks())
+        precompute(recipe(manifest, tmp_path), "train", Failing(full_after=5), Ranks())
     assert not list((tmp_path / "train").glob(".*.tmp"))
     precompute(recipe(manifest, tmp_path), "train", StubEncoder(), Ranks())
     assert files(tmp_path / "train") == expected
+    (tmp_path / "train" / "train-000005.tar").unlink()
+    with pytest.raises(RuntimeError, match="no room"):
+        precompute(recipe(manifest, tmp_path), "train", Failing(full_after=0), Ranks())
+    with pytest.raises(ValueError, match="no finished feature set"):
+        FeatureSet.open(tmp_path / "train")
 
 
 def test_a_rank_stops_when_another_has_failed(manifest: Path, tmp_path: Path) -> None:

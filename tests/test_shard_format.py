@@ -194,6 +194,21 @@ def test_any_flipped_byte_is_found_and_the_shard_named(restored: Path, data: st.
         path.write_bytes(before)
 
 
+def test_every_byte_of_the_features_is_guarded(copied: Path) -> None:
+    opened = FeatureSet.open(copied)
+    for number, entry in enumerate(opened.entries):
+        path = copied / entry.shard
+        before = path.read_bytes()
+        for position in range(entry.offset, entry.offset + entry.size):
+            flipped = bytearray(before)
+            flipped[position] ^= 1 << position % 8
+            path.write_bytes(flipped)
+            with pytest.raises(DamagedShard, match=f"{entry.shard}: the features of '{entry.id}'"):
+                opened.read(number)
+        path.write_bytes(before)
+        assert torch.equal(opened.read(number), features(number))
+
+
 @SOME_EXAMPLES
 @given(data=st.data())
 def test_any_cut_is_found_before_anything_is_read(restored: Path, data: st.DataObject) -> None:
