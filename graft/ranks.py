@@ -44,7 +44,7 @@ class Ranks:
 
     def device(self) -> torch.device:
         """This rank's GPU, or the CPU where there is none."""
-        if not torch.cuda.is_available():
+        if not on_gpu():
             return torch.device("cpu")
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -92,6 +92,11 @@ class Ranks:
         """Ranks whose ``value`` is not that of rank 0."""
         values = self.gather(value)
         return [rank for rank, other in enumerate(values) if other != values[0]]
+
+
+def on_gpu() -> bool:
+    """Whether ranks compute on GPUs: they do where there are any, unless DeepSpeed's ``DS_ACCELERATOR`` says cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def start(

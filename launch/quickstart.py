@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graft import command
+from graft.ranks import on_gpu
 from graft.recipe import Recipe, load_recipe
 from graft.run_dir import write_whole
 
@@ -50,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the phases; 0, or the exit code of the one that failed."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = Path(recipe.run.dir)
-    ranks = torch.cuda.device_count() or CPU_RANKS
+    ranks = torch.cuda.device_count() if on_gpu() else CPU_RANKS
     seconds: dict[str, float] = {}
     for phase in phases(recipe, arguments, ranks):
         print(f"\n── {phase.name}", flush=True)
@@ -114,7 +115,7 @@ def run(phase: Phase, log: Path) -> int:
 def environment(ranks: int) -> dict[str, str]:
     """The ranks of one machine share its cores."""
     quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    if torch.cuda.is_available():
+    if on_gpu():
         return os.environ | quiet
     threads = str(max(1, (os.cpu_count() or 1) // max(1, ranks)))
     return os.environ | quiet | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}

@@ -116,9 +116,7 @@ def test_the_shipped_tokenizer_too() -> None:
     processor = make_processor(AutoTokenizer.from_pretrained(recipe.bases.qwen2_vl))
     template = PromptTemplate.from_processor(processor, SYSTEM, INSTRUCTION)
     prompt = processor.tokenizer.decode(template.prompt_ids(1))
-    assert processor.tokenizer.decode(template.end_ids) == "<|im_end|>", (
-        "not the tokenizer's own end token"
-    )
+    assert processor.tokenizer.decode(template.end_ids) == "<|im_end|>", "not the tokenizer's own end token"
     control = set(processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|audio_pad|>", "<|endoftext|>"]))
     assert not control & set(template.text_ids("<|im_end|> <|audio_pad|> <|endoftext|>"))
     for text in ("seven three", "can you sleep with oliver today", "it's", "Zebra!"):

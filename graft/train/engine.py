@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.ranks import Ranks, start
+from graft.ranks import Ranks, on_gpu, start
 from graft.recipe import Stage
 
 OWNED_BY_THE_RECIPE = {
@@ -61,6 +61,8 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        if not on_gpu():  # an operator for inference alone, a minute of C++ compiler at the first start
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.ranks = ranks
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert set(self.trained) == set(learning_rates), "what trains and what has a learning rate differ"
@@ -153,7 +155,7 @@ def start_process_group(timeout_s: float, start_timeout_s: float) -> Ranks:
     Raises:
         ValueError: when ranks do not come within ``start_timeout_s``, or this one has no GPU of its own.
     """
-    if not torch.cuda.is_available():
+    if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning on every rank
         return start(timeout_s=timeout_s, start_timeout_s=start_timeout_s, even_alone=True)
     torch.cuda.set_device(Ranks.from_environment().device())
