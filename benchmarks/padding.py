@@ -1,4 +1,4 @@
-"""Padding of the plan's micro-batches, and balance between ranks, against batches drawn at random: counts, no clocks."""
+"""Padding of the plan and balance between ranks, against batches drawn at random: counts, no clocks."""
 
 from __future__ import annotations
 
