@@ -94,6 +94,8 @@ class Stage(Settings):
     max_grad_norm: Rate = 1.0
     global_batch_size: Positive = 64  # utterances per step over all ranks
     micro_batch_tokens: Positive = 8192  # padded positions per forward on one rank: this bounds the memory
+    time_masks: NotNegative = 0  # spans of encoder frames set to zero in each utterance, against overfitting
+    time_mask_frames: Positive = 10  # longest span; a frame is 20 ms
 
 
 class Lora(Settings):
@@ -115,6 +117,7 @@ class Evaluation(Settings):
     batch_size: Positive = 16
     max_new_tokens: Positive = 256
     normalizer: Literal["none", "basic", "english"] = "basic"
+    listening_gap: Share = 0.05  # WER that swapped audio must add, or the model is told to be deaf
 
 
 class Run(Settings):

@@ -46,7 +46,7 @@ def best_steps(run_dir: Path) -> dict[int, int]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or a run's best of its last stage, or its newest.
+    """The checkpoint that ``path`` means: itself, or a run's best by word error rate, or its newest.
 
     Raises:
         ValueError: if there is none; never a silent fresh start.
@@ -55,8 +55,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / FILES_FILE).is_file():
         return path
     best, steps = best_steps(path), checkpoint_steps(path)
-    if best and best[max(best)] in steps:
-        return step_folder(path, best[max(best)])
+    candidates = [step_folder(path, best[stage]) for stage in sorted(best, reverse=True) if best[stage] in steps]
+    if candidates:  # one of each stage; of equals the later stage's
+        return min(candidates, key=lambda folder: read_state(folder).get("best_wer") or 0.0)
     if steps:
         return step_folder(path, steps[-1])
     looked = f"{path / FILES_FILE} and {path / 'checkpoints' / 'step-*' / FILES_FILE}"

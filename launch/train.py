@@ -135,6 +135,7 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
     if recipe.run.compile:
         for layer in graft.model.model.language_model.layers:
             layer.compile(dynamic=True)  # layer by layer: one graph serves them all, and lengths differ
+    graft.model.train()  # for LoRA's dropout and for gradient checkpointing; frozen towers have neither
     LOG.info("%s", describe(graft.model))
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
 

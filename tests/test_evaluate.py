@@ -100,6 +100,7 @@ def test_a_model_that_listens(template: PromptTemplate) -> None:
     summary = evaluation.summary
     assert (summary["wer"], summary["cer"], summary["hits"], summary["num_words"]) == (0, 0, 14, 14)
     assert summary["wer_swapped"] == 1, "every text has other words"
+    assert summary["listens"]
     assert (summary["empty_hypotheses"], summary["unfinished_hypotheses"]) == (0, 0)
     assert [line["pred_text"] for line in evaluation.lines] == WORDS
     assert all(line["pred_text_swapped"] != line["text"] for line in evaluation.lines)
@@ -108,6 +109,7 @@ def test_a_model_that_listens(template: PromptTemplate) -> None:
 def test_a_deaf_model_is_found_out(template: PromptTemplate) -> None:
     summary = evaluated(WORDS, template, deaf=True).summary
     assert summary["wer_swapped"] == summary["wer"] == 10 / 14  # "red fox" is right twice, with any audio
+    assert not summary["listens"]
 
 
 def test_the_loss_is_per_label_token(template: PromptTemplate) -> None:

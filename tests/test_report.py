@@ -82,7 +82,13 @@ def test_the_table_has_the_numbers_and_what_is_odd(evaluation: Evaluation) -> No
         assert expected in text
     assert "3, 2 cut off at max_new_tokens" in text
     assert "empty" not in text and "rejected" not in text and "swapped" not in text
-    more = SUMMARY | {"wer_swapped": 0.9, "loss_swapped": 3.25, "num_rejects": 7, "wer_encoder_base": 0.5}
+    more = SUMMARY | {
+        "wer_swapped": 0.9,
+        "listens": True,
+        "loss_swapped": 3.25,
+        "num_rejects": 7,
+        "wer_encoder_base": 0.5,
+    }
     text = shown(summary_table(more, "test"))
     for expected in ("90.00%", "3.2500", "7 rejected", "50.00%"):
         assert expected in text

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, and a path without one is an error."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from graft.run_dir import (
 )
 
 
-def make(run_dir: Path, step: int) -> Path:
+def make(run_dir: Path, step: int, wer: float = 0.5) -> Path:
     with whole_folder(step_folder(run_dir, step)) as folder:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "weights").write_bytes(b"w" * step)
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text(json.dumps({"best_wer": wer}))
     return step_folder(run_dir, step)
 
 
@@ -40,12 +41,14 @@ def test_what_a_kill_leaves_does_not_count(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 3)
 
 
-def test_the_best_of_the_last_stage_else_the_newest(tmp_path: Path) -> None:
-    for step in (3, 5, 11):
-        make(tmp_path, step)
+def test_the_best_by_wer_else_the_newest(tmp_path: Path) -> None:
+    for step, wer in ((3, 0.25), (5, 0.125), (11, 0.5)):
+        make(tmp_path, step, wer)
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 11)
     write_whole(tmp_path / "checkpoints" / "best.json", '{"1": 3, "2": 5}')
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 5)
+    write_whole(tmp_path / "checkpoints" / "best.json", '{"1": 3, "2": 11}')
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 3)  # the second stage made it worse
     assert find_checkpoint(step_folder(tmp_path, 3)) == step_folder(tmp_path, 3)
 
 

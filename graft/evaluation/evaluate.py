@@ -102,6 +102,8 @@ def evaluate(
     for listener in listeners[1:]:
         with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio")
         evaluation = beside(evaluation, with_others, "swapped")
+        gap = evaluation.summary["wer_swapped"] - evaluation.summary["wer"]
+        evaluation.summary["listens"] = gap >= settings.listening_gap
     return evaluation
 
 

@@ -58,7 +58,9 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("CER", f"{summary['cer']:.2%}"),
     ]
     if "wer_swapped" in summary:
-        rows.append(("WER, swapped audio", f"{summary['wer_swapped']:.2%}   (near the WER above: it does not listen)"))
+        deaf = "hardly worse than with the right audio: it does not listen"
+        verdict = "another utterance's" if summary["listens"] else deaf
+        rows.append(("WER, swapped audio", f"{summary['wer_swapped']:.2%}   ({verdict})"))
     if "wer_encoder_base" in summary:
         rows.append(("WER, base Whisper", f"{summary['wer_encoder_base']:.2%}   (its own decoder, same utterances)"))
     if summary.get("loss") is not None:

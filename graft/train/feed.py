@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from graft.data.collate import Batch, collate_training
-from graft.data.loader import FeatureSource, Prefetcher, read_samples
+from graft.data.loader import FeatureSample, FeatureSource, Prefetcher, read_samples
+from graft.data.masking import mask_frames
 from graft.data.plan import Plan, rank_share
 from graft.data.prompt import PromptTemplate
 from graft.ranks import Ranks
@@ -41,7 +42,7 @@ class Feed:
     ) -> None:
         """Raises ValueError when an utterance alone exceeds ``micro_batch_tokens``, or there is none."""
         self.source, self.template, self.stage, self.ranks = source, template, stage, ranks
-        self.depth = data.prefetch
+        self.depth, self.seed = data.prefetch, seed
         self.costs = template.costs(source.entries)
         self.plan = Plan(
             self.costs,
@@ -56,10 +57,20 @@ class Feed:
         """This rank's input of ``step``."""
         epoch, indices = self.plan.step(step)
         share = rank_share(indices, self.costs, self.ranks, self.stage.micro_batch_tokens)
-        batches = tuple(collate_training(read_samples(self.source, group), self.template) for group in share)
+        batches = tuple(collate_training(self._samples(group, step), self.template) for group in share)
         if self.pins_memory:
             batches = tuple(batch.pin_memory() for batch in batches)
         return StepInput(epoch, tuple(self.source.entries[i].id for i in indices), batches)
+
+    def _samples(self, indices: Sequence[int], step: int) -> list[FeatureSample]:
+        samples = read_samples(self.source, indices)
+        if not self.stage.time_masks:
+            return samples
+        num_masks, longest = self.stage.time_masks, self.stage.time_mask_frames
+        return [
+            replace(s, audio_features=mask_frames(s.audio_features, num_masks, longest, (self.seed, step, i)))
+            for i, s in zip(indices, samples, strict=True)
+        ]
 
     @property
     def pins_memory(self) -> bool:

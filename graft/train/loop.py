@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from graft.ranks import Ranks
 from graft.recipe import Recipe, Stage
 from graft.tracker import NullTracker
@@ -20,7 +22,6 @@ from graft.train.stopping import StopRequest
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 5  # steps in a row without a finite gradient
-LISTENING_GAP = 0.05  # WER that swapped audio must add, or the model is told to be deaf
 
 Evaluate = Callable[[int], dict[str, float]]  # step -> tags; every rank calls it
 
@@ -66,6 +67,7 @@ class Loop:
     def _step(self, inputs: StepInput, position: Position) -> StepResult:
         (num_label_tokens,) = self.ranks.sum([inputs.num_label_tokens])
         share = self._share_of_peak(position.stage_step)
+        torch.manual_seed((self.recipe.run.seed << 40) + (position.step << 16) + self.ranks.rank)  # LoRA's dropout
         precision = self.recipe.run.precision
         result = train_step(self.engine, inputs.micro_batches, int(num_label_tokens), share, precision)
         position.step += 1
@@ -95,7 +97,7 @@ class Loop:
         told = "  ".join(f"{tag.removeprefix('eval/')} {value:.4f}" for tag, value in scalars.items())
         LOG.info("evaluation at step %d: %s", position.step, told)
         wer, swapped = scalars["eval/wer"], scalars.get("eval/wer_swapped")
-        if swapped is not None and swapped - wer < LISTENING_GAP:
+        if swapped is not None and swapped - wer < self.recipe.evaluation.listening_gap:
             LOG.warning(
                 "the model does not listen: WER is %.1f %% with the right audio and %.1f %% with another "
                 "utterance's. It writes from the text alone: train longer, raise the learning rate or check the data",

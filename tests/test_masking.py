@@ -1,0 +1,35 @@
+"""Time masks on frames: zeros in few spans, the same for the same key, never too much."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graft.data.masking import mask_frames
+
+
+def masked_frames(features: torch.Tensor) -> list[bool]:
+    return (features == 0).all(dim=1).tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 97), st.integers(1, 4), st.integers(1, 30), st.integers(0, 10**6))
+def test_spans_of_zeros_and_the_rest_untouched(num_frames: int, num_masks: int, max_frames: int, seed: int) -> None:
+    features = torch.arange(1.0, 3 * num_frames + 1).view(num_frames, 3)
+    masked = mask_frames(features, num_masks, max_frames, (seed, 7))
+    zeros = masked_frames(masked)
+    assert sum(zeros) <= min(num_masks * max_frames, num_frames // 2)
+    assert sum(a != b for a, b in zip([False, *zeros], [*zeros, False], strict=True)) <= 2 * num_masks
+    kept = ~torch.tensor(zeros)
+    assert torch.equal(masked[kept], features[kept])
+    assert features.min() == 1.0, "the features themselves were changed"
+
+
+def test_the_key_decides() -> None:
+    features = torch.ones(200, 3)
+    same, again, other = (mask_frames(features, 2, 30, key) for key in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+    assert torch.equal(same, again) and not torch.equal(same, other)
+
+
+def test_no_masks() -> None:
+    features = torch.ones(9, 3)
+    assert torch.equal(mask_frames(features, 0, 30, (1,)), features)
