@@ -42,7 +42,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, run_launcher: Command) -> li
     """The command line's end: a small data set, its shards made, and quick stages."""
     settings = few_utterances(tmp_path_factory.mktemp("data"), train=37, valid=5)
     manifests = [word for word in settings if ".test=" not in word]
-    run_launcher(PRECOMPUTE, RECIPE, *manifests, "--splits", "train", "valid", timeout_s=400)
+    run_launcher(PRECOMPUTE, RECIPE, *manifests, "--split", "train", "--split", "valid", timeout_s=400)
     return [*settings, *QUICK]
 
 
