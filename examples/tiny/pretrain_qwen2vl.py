@@ -1,7 +1,6 @@
 """Pretrain the tiny Qwen2-VL on text and pictures and save it, in stock Hugging Face format, to ``qwen2_vl/``.
 
     python examples/tiny/pretrain_qwen2vl.py [--steps 900] [--cache FOLDER] [--output FOLDER]
-    python examples/tiny/pretrain_qwen2vl.py --second
 
 It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
 coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,14 +23,13 @@ from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2V
 from chat_tasks import INSTRUCTIONS, TRANSCRIBE, TaskMaker, TextBatch, collate, draw_sentence, embed
 from make_corpus import HERE, plan_corpus
 from pictures import COLOURS, QUESTIONS, SHAPES, picture_batch
-from qwen2vl_base import SYSTEM, load_base, make_config, make_generation_config, make_tokenizer, save_base
+from qwen2vl_base import SYSTEM, make_config, make_generation_config, make_tokenizer, save_base
 from training_run import Losses, TrainingRun
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 100
 BATCH_SIZE = 24
-PICTURE_EVERY = 2  # steps
-SECOND_STEPS, SECOND_LR, SECOND_SEED = 1_400, 1.2e-3, 1_001  # --second goes on from what is there
+PICTURE_EVERY = 4  # steps
 NUM_TOKENIZER_SENTENCES = 10_000
 
 
@@ -133,18 +131,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "qwen2_vl")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-qwen2-vl")
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--second", action="store_true", help="go on from what is there")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
 
     training = make_training(arguments.seed)
-    steps, peak_lr, checkpoint = arguments.steps, PEAK_LR, arguments.cache / "checkpoint.pt"
-    if arguments.second:
-        model, _ = load_base(arguments.output)
-        training = replace(training, model=model, seed=SECOND_SEED)
-        steps, peak_lr, checkpoint = SECOND_STEPS, SECOND_LR, arguments.cache / "second.pt"
-    run = TrainingRun(training.model, checkpoint, steps, peak_lr, WARMUP_STEPS, report)
+    checkpoint = arguments.cache / "checkpoint.pt"
+    run = TrainingRun(training.model, checkpoint, arguments.steps, PEAK_LR, WARMUP_STEPS, report)
     run.train(partial(losses_of, training))
     save_base(training.model, training.tokenizer, arguments.output)
     training.model.eval()
