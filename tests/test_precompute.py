@@ -19,6 +19,7 @@ import torch
 
 from graft.data.shard_format import DamagedShard, FeatureSet
 from graft.lengths import SAMPLES_PER_ENCODER_FRAME, Window, encoder_frames
+from graft.model.encoder import SpeechEncoder
 from graft.ranks import AgreedValueError, Ranks
 from graft.recipe import Recipe, load_recipe
 from shards.precompute import Job, Worker, locked, precompute, readable
@@ -463,8 +464,6 @@ def by_two_ranks(real_recipe: Path, run_launcher, tmp_path_factory: pytest.TempP
 def test_the_command_makes_what_one_rank_makes(
     real_recipe: Path, by_two_ranks: tuple[Path, str], tmp_path: Path
 ) -> None:
-    from graft.model.encoder import SpeechEncoder
-
     settings = load_recipe(real_recipe, [f"data.shards={tmp_path}"])
     precompute(settings, "train", SpeechEncoder(settings.bases.whisper, torch.float32), Ranks())
     shards, said = by_two_ranks
@@ -479,8 +478,7 @@ def test_the_command_makes_what_one_rank_makes(
 def test_a_refusal_ends_all_ranks_and_is_told_once(
     real_recipe: Path, by_two_ranks: tuple[Path, str], run_launcher
 ) -> None:
-    shards, _ = by_two_ranks
-    other = [f"data.shards={shards}", "data.samples_per_shard=3"]
+    other = [f"data.shards={by_two_ranks[0]}", "data.samples_per_shard=3"]
     refused = run_launcher("shards/precompute.py", real_recipe, *other, expect=None, timeout_s=600)
     assert refused.returncode != 0
     assert refused.stderr.count("data.samples_per_shard was 4, is now 3") == 1, str(refused)

@@ -69,6 +69,7 @@ def test_nothing_is_left_when_stopped(number: signal.Signals, tmp_path: Path) ->
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
     )
     try:
         wait_until(lambda: (tmp_path / "started").exists(), timeout_s=120)
