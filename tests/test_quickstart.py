@@ -11,11 +11,11 @@ from conftest import ROOT, Command
 from corpus import few_utterances
 
 SHORT = [
-    "stage1.max_steps=60",
+    "stage1.max_steps=120",
     "stage1.warmup_steps=10",
     "stage2.max_steps=20",
     "stage2.warmup_steps=5",
-    "evaluation.every=60",
+    "evaluation.every=120",
     "evaluation.max_utterances=10",
 ]
 
@@ -23,8 +23,8 @@ SHORT = [
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_quickstart_from_any_folder(run_python: Command, tmp_path: Path) -> None:
-    """WER falls far below what one gets without listening, within a minute of training on 300 utterances."""
-    words = few_utterances(tmp_path, train=300, valid=10, test=20)
+    """WER falls far below what one gets without listening, within a minute of training on 400 utterances."""
+    words = few_utterances(tmp_path, train=400, valid=10, test=20)
     outcome = run_python(
         ROOT / "launch" / "quickstart.py",
         ROOT / "recipes" / "tiny.yaml",
