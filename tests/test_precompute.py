@@ -223,7 +223,7 @@ def test_killed_again_and_again(manifest: Path, tmp_path: Path, expected: dict[s
     """Killed at random moments until it comes through, each time with another number of ranks."""
     settings, chance, kills = recipe(manifest, tmp_path), random.Random(5), 0
     for attempt in range(60):
-        pid = in_child(lambda attempt=attempt: play(settings, 1 + attempt % 3, StubEncoder(wait_s=0.01)))
+        pid = in_child(lambda attempt=attempt: play(settings, 1 + attempt % 3, StubEncoder(wait_s=0.05)))
         time.sleep(chance.uniform(0.02, 0.1) * (1 + attempt / 5))
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
