@@ -7,13 +7,18 @@ can play any rank in one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+# The user's fault: a value, or a path that is not what it was taken for. Other system errors are the machine's.
+USERS_FAULTS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class AgreedValueError(ValueError):
@@ -74,11 +79,29 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """The result of ``work``; if it fails on any rank it fails on all, so that none waits for one that is gone.
+
+        Raises:
+            AgreedValueError, RuntimeError: as :meth:`agree`.
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:  # whatever it is, the others must hear of it
+            error = caught
+        self.agree(error)
+        return result
+
+    def by_first(self, work: Callable[[], Result]) -> Result | None:
+        """``work`` on rank 0 alone, None on the others; every rank must call, and fails when it fails."""
+        return self.together(lambda: work() if self.is_first else None)
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank when any rank holds an ``error``, so that none is left waiting for the others.
 
         Raises:
-            AgreedValueError: if the first failing rank's error is a ValueError (the user's fault).
+            AgreedValueError: if the first failing rank's error is the user's fault.
             RuntimeError: otherwise.
         """
         failures = [(rank, *told) for rank, told in enumerate(self.gather(_told(error))) if told]
@@ -162,7 +185,7 @@ def stop() -> None:
 def _told(error: Exception | None) -> tuple[bool, str] | None:
     if error is None:
         return None
-    is_users = isinstance(error, ValueError)
+    is_users = isinstance(error, USERS_FAULTS)
     return is_users, str(error) if is_users else f"{type(error).__name__}: {error}"
 
 

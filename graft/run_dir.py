@@ -70,6 +70,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
+def check_encoder(checkpoint: Path, fingerprint: str) -> None:
+    """Refuse a projector that was trained on another encoder's features: it would be deaf to this one's.
+
+    Raises:
+        ValueError: if ``fingerprint`` is not that of the encoder that ``checkpoint`` was trained on.
+    """
+    trained_on = read_state(checkpoint)["encoder_fingerprint"]
+    if trained_on != fingerprint:
+        raise ValueError(
+            f"{checkpoint} was trained on features of another encoder (fingerprint {trained_on[:12]}, the recipe's "
+            f"bases.whisper has {fingerprint[:12]}): use that encoder, or train stage 1 again"
+        )
+
+
 def run_of(checkpoint: Path) -> Path:
     """The run folder that a checkpoint stands in."""
     return checkpoint.parents[1]

@@ -39,13 +39,8 @@ class Sources:
     def fingerprint(self) -> str:
         """Of the recipe's encoder. Every rank must ask at the same time: rank 0 tells the others."""
         if self._fingerprint is None:
-            mine, error = "", None
-            if self.ranks.is_first:
-                try:
-                    mine = SpeechEncoder(self.recipe.bases.whisper).fingerprint  # bf16 on the CPU, let go at once
-                except ValueError as caught:
-                    error = caught
-            self.ranks.agree(error)
+            # In bf16 on the CPU, and let go at once.
+            mine = self.ranks.by_first(lambda: SpeechEncoder(self.recipe.bases.whisper).fingerprint)
             self._fingerprint = self.ranks.gather(mine)[0]
         return self._fingerprint
 
@@ -58,25 +53,13 @@ class Sources:
         if self.recipe.data.features == "online":
             return self.open_manifest(self.recipe.manifest(split))
         expected = self.fingerprint
-        source, error = None, None
-        try:
-            source = ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected))
-        except ValueError as caught:
-            error = caught
-        self.ranks.agree(error)
-        return source
+        return self.ranks.together(lambda: ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected)))
 
     def open_manifest(self, path: Path) -> OnlineSource:
         """The utterances of a manifest, encoded when they are needed."""
-        source, error = None, None
-        try:
-            source = OnlineSource(
-                read_manifest(path),
-                self.encoder.encode,
-                window=self.encoder.window,
-                long_audio=self.recipe.audio.long_audio,
+        long_audio = self.recipe.audio.long_audio
+        return self.ranks.together(
+            lambda: OnlineSource(
+                read_manifest(path), self.encoder.encode, window=self.encoder.window, long_audio=long_audio
             )
-        except ValueError as caught:
-            error = caught
-        self.ranks.agree(error)
-        return source
+        )

@@ -149,14 +149,7 @@ def tracker_for(ranks: Ranks, run_dir: str | Path, resume_step: int | None = Non
     Raises:
         ValueError: as :class:`Tracker`.
     """
-    tracker, error = NullTracker(), None
-    if ranks.is_first:
-        try:
-            tracker = Tracker(run_dir, resume_step)
-        except (ValueError, OSError) as failure:
-            error = failure
-    ranks.agree(error)
-    return tracker
+    return ranks.by_first(lambda: Tracker(run_dir, resume_step)) or NullTracker()
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:

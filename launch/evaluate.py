@@ -9,18 +9,17 @@ A split is read as the run's recipe says, from shards or online; a manifest is a
 summary.json and hypotheses.jsonl, by default into <run>/eval/<split>. --base-whisper also scores the recipe's Whisper
 with its own decoder on the same utterances, the bar for the graft; --recipe scores that Whisper alone.
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
@@ -39,15 +38,13 @@ from graft.evaluation.report import summary_table, worst_utterances, write_evalu
 from graft.model.assemble import DTYPES, Assembled, assemble, load_trained
 from graft.ranks import Ranks
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import find_checkpoint, read_state, run_of, verify_checkpoint
+from graft.run_dir import check_encoder, find_checkpoint, read_state, run_of, verify_checkpoint
 from graft.sources import Sources
 
 LOG = logging.getLogger("graft.evaluate")
 PATIENCE_S = 4 * 3600.0  # a rank that is done waits this long for the slowest
 PACKAGES = ("torch", "transformers", "jiwer")  # a WER depends on them
 NUM_WORST = 3
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Find the checkpoint, score it on all ranks, write and show the result."""
     ranks = processes.start(timeout_s=PATIENCE_S)
     try:
-        task = together(ranks, lambda: plan(arguments))
+        task = ranks.together(lambda: plan(arguments))
         base = None
         if arguments.base_whisper or task.checkpoint is None:
             base = score_base_whisper(task, ranks, arguments.language)
@@ -93,20 +90,9 @@ def main(arguments: argparse.Namespace) -> None:
             scored = score_checkpoint(task, ranks, arguments.swapped)
             if base:
                 scored = replace(scored, evaluation=beside(scored.evaluation, base.evaluation, "encoder_base"))
-        together(ranks, lambda: report(task, scored) if ranks.is_first else None)
+        ranks.by_first(lambda: report(task, scored))
     finally:
         processes.stop()
-
-
-def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """The result of ``work``; if it fails on any rank it fails on all, so that none waits for one that is gone."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
-    ranks.agree(error)
-    return result
 
 
 def plan(arguments: argparse.Namespace) -> Task:
@@ -132,7 +118,8 @@ def score_checkpoint(task: Task, ranks: Ranks, swapped: bool) -> Scored:
     """The graft's evaluation, with what it was made of in the summary."""
     sources = Sources(task.recipe, ranks, ranks.device())
     source = sources.open_manifest(task.manifest) if task.online else sources.open(task.split)
-    graft = together(ranks, lambda: build(task, ranks))
+    check_encoder(task.checkpoint, sources.fingerprint)
+    graft = ranks.together(lambda: build(task, ranks))
     prompt = task.recipe.prompt
     evaluation = evaluate(
         graft.model,
@@ -166,8 +153,7 @@ def build(task: Task, ranks: Ranks) -> Assembled:
 def score_base_whisper(task: Task, ranks: Ranks, language: str | None) -> Scored:
     """The evaluation of the recipe's Whisper with its own decoder."""
     recipe = task.recipe
-    whisper = together(
-        ranks,
+    whisper = ranks.together(
         lambda: WhisperTranscriber(
             recipe.bases.whisper,
             read_manifest(task.manifest),

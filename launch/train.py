@@ -29,7 +29,7 @@ from graft.model.assemble import Assembled, assemble
 from graft.model.trainable import describe, select_trainable
 from graft.ranks import Ranks, stop
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import read_state
+from graft.run_dir import check_encoder
 from graft.sources import Sources
 from graft.tracker import NullTracker, tracker_for
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
@@ -62,7 +62,8 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
     sources = Sources(recipe, ranks, ranks.device())
     template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
     feed = Feed(sources.open(recipe.data.train_split), template, stage, recipe.data, ranks, recipe.run.seed + number)
-    check_encoder(checkpoint, sources)
+    if checkpoint:
+        check_encoder(checkpoint, sources.fingerprint)
     about = {
         "max_steps": stage.max_steps,
         "settings": settings_that_matter(recipe, number),
@@ -95,20 +96,14 @@ def begin(
     recipe: Recipe, number: int, start_from: Path | None, ds_config: dict, ranks: Ranks
 ) -> tuple[Position, Path | None, bool]:
     """Claim the run directory; the position, the checkpoint to begin with, and whether this goes on from it."""
-    run_dir, error, found = Path(recipe.run.dir), None, None
+    run_dir = Path(recipe.run.dir)
     if recipe.run.ranks not in (None, ranks.world_size):
         raise ValueError(
             f"the recipe asks for {recipe.run.ranks} ranks (run.ranks) and {ranks.world_size} were started: "
             "a hostfile that is not found makes deepspeed start on this machine alone"
         )
-    try:
-        if ranks.is_first:
-            claim(run_dir, recipe, number, ds_config)
-        found = beginning(run_dir, number, start_from)
-    except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
-    ranks.agree(error)
-    position, checkpoint = found
+    ranks.by_first(lambda: claim(run_dir, recipe, number, ds_config))
+    position, checkpoint = ranks.together(lambda: beginning(run_dir, number, start_from))
     resumed = checkpoint is not None and position.stage_step > 0
     LOG.info(
         "stage %d, %s, %d rank%s",
@@ -122,13 +117,7 @@ def begin(
 
 def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) -> tuple[Assembled, dict[str, float]]:
     """The model with the tensors it begins with, and the peak learning rate of everything that trains."""
-    error, graft = None, None
-    try:
-        graft = assemble(recipe, device=ranks.device())
-        dress(graft.model, recipe, number, checkpoint)
-    except (ValueError, OSError) as caught:
-        error = ValueError(str(caught))
-    ranks.agree(error)
+    graft = ranks.together(lambda: assembled(recipe, number, checkpoint, ranks))
     stage, trained = recipe.stage(number), select_trainable(graft.model, number)
     if recipe.run.gradient_checkpointing:
         graft.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -140,14 +129,11 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
 
 
-def check_encoder(checkpoint: Path | None, sources: Sources) -> None:
-    """Refuse a projector that was trained on another encoder's features: it would be deaf to this one's."""
-    trained_on = read_state(checkpoint)["encoder_fingerprint"] if checkpoint else sources.fingerprint
-    if trained_on != sources.fingerprint:
-        raise ValueError(
-            f"{checkpoint} was trained on features of another encoder (fingerprint {trained_on[:12]}, the recipe's "
-            f"bases.whisper has {sources.fingerprint[:12]}): use that encoder, or train stage 1 again"
-        )
+def assembled(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) -> Assembled:
+    """The graft of the recipe, with the adapters of its stage and the tensors of ``checkpoint``."""
+    graft = assemble(recipe, device=ranks.device())
+    dress(graft.model, recipe, number, checkpoint)
+    return graft
 
 
 def check_alike(what: dict, ranks: Ranks) -> None:

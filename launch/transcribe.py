@@ -8,7 +8,6 @@ Prints a line per file, "path: text", or a JSON object. Audio longer than the en
 window and the frames are joined. A file that cannot be read is named on stderr, the others are done, and the exit
 code is 2.
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from graft.model.assemble import DTYPES, assemble, load_trained
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import Ranks
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import find_checkpoint, run_of, verify_checkpoint
+from graft.run_dir import check_encoder, find_checkpoint, run_of, verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ class Scribe:
         self.model, self.device, self.recipe, self.instruction = graft.model, device, recipe, instruction
         self.template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
         self.encoder = SpeechEncoder(recipe.bases.whisper, DTYPES[recipe.run.precision], device)
+        check_encoder(checkpoint, self.encoder.fingerprint)
         self.most_positions: int = graft.config.text_config.max_position_embeddings
 
     def transcribe(self, paths: Sequence[str]) -> Iterator[Result]:

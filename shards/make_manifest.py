@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from graft import command  # noqa: E402
-from graft.data.audio import AudioError, check_length, header_duration, read_pcm, write_pcm  # noqa: E402
-from graft.data.manifest import Reject, Utterance, common, read_manifest, write_manifest, write_rejects  # noqa: E402
-from graft.data.progress import clock, track  # noqa: E402
-from graft.data.text import clean_text  # noqa: E402
+from graft import command
+from graft.data.audio import AudioError, check_length, header_duration, read_pcm, write_pcm
+from graft.data.manifest import Reject, Utterance, common, read_manifest, write_manifest, write_rejects
+from graft.data.progress import clock, track
+from graft.data.text import clean_text
 
 LOG = logging.getLogger("graft.make_manifest")
 

@@ -23,27 +23,26 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from graft import command, lengths  # noqa: E402
-from graft import ranks as processes  # noqa: E402
-from graft.data.audio import AudioError, load_audio, windows  # noqa: E402
-from graft.data.loader import Prefetcher  # noqa: E402
-from graft.data.manifest import Manifest, Utterance, common, read_manifest  # noqa: E402
-from graft.data.progress import Meter, clock  # noqa: E402
-from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size  # noqa: E402
-from graft.data.shard_writer import (  # noqa: E402
+from graft import command, lengths
+from graft import ranks as processes
+from graft.data.audio import AudioError, load_audio, windows
+from graft.data.loader import Prefetcher
+from graft.data.manifest import Manifest, Utterance, common, read_manifest
+from graft.data.progress import Meter, clock
+from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size
+from graft.data.shard_writer import (
     Part,
     PlannedShard,
     SetDescription,
@@ -54,10 +53,10 @@ from graft.data.shard_writer import (  # noqa: E402
     part_path,
     plan_shards,
 )
-from graft.lengths import WindowExceeded  # noqa: E402
-from graft.model.encoder import SpeechEncoder  # noqa: E402
-from graft.ranks import AgreedValueError, Ranks  # noqa: E402
-from graft.recipe import Recipe, load_recipe  # noqa: E402
+from graft.lengths import WindowExceeded
+from graft.model.encoder import SpeechEncoder
+from graft.ranks import AgreedValueError, Ranks
+from graft.recipe import Recipe, load_recipe
 
 LOG = logging.getLogger("graft.precompute")
 
@@ -67,15 +66,13 @@ FILE_SYSTEM_S = 60.0  # within this, what one node has written is seen by anothe
 DECODERS = 4  # threads that read and resample ahead of the encoder
 OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar headers, JSON, padding
 
-Result = TypeVar("Result")
-
 
 def main(arguments: argparse.Namespace) -> None:
     """Every split in turn, by all ranks together."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     ranks = processes.start(timeout_s=PATIENCE_S)
     try:
-        encoder = together(ranks, lambda: load_encoder(recipe, ranks))
+        encoder = ranks.together(lambda: load_encoder(recipe, ranks))
         for split in arguments.split or recipe.data.manifests:
             precompute(recipe, split, encoder, ranks)
     finally:
@@ -88,28 +85,17 @@ def precompute(recipe: Recipe, split: str, encoder: SpeechEncoder, ranks: Ranks)
     Raises:
         ValueError: on every rank, when any rank finds the manifest, the folder or too many utterances unusable.
     """
-    job = together(ranks, lambda: Job.prepare(recipe, split, encoder))
+    job = ranks.together(lambda: Job.prepare(recipe, split, encoder))
     check_alike(job, ranks)
     with locked(job.folder, ranks):
-        todo = ranks.gather(together(ranks, lambda: job.unfinished() if ranks.is_first else []))[0]
+        todo = ranks.gather(ranks.by_first(job.unfinished))[0]
         if not todo and ranks.gather(ranks.is_first and job.is_merged())[0]:
             LOG.info("%s: complete, nothing to do", job.folder)
             return
-        together(ranks, lambda: job.begin(todo) if ranks.is_first else job.wait_for_folder())
+        ranks.together(lambda: job.begin(todo) if ranks.is_first else job.wait_for_folder())
         with watched(job, todo, ranks):
-            together(ranks, lambda: Worker(job, encoder, ranks, todo).run())
-        together(ranks, lambda: job.merge() if ranks.is_first else None)
-
-
-def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """The result of ``work``; if it fails on any rank it fails on all, so that none waits for one that is gone."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:  # whatever it is, the others must hear of it
-        error = caught
-    ranks.agree(error)
-    return result
+            ranks.together(lambda: Worker(job, encoder, ranks, todo).run())
+        ranks.by_first(job.merge)
 
 
 def check_alike(job: Job, ranks: Ranks) -> None:
@@ -148,7 +134,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
             raise ValueError(f"another precomputation is writing {folder}; wait for it or stop it") from None
         return descriptor
 
-    descriptor = together(ranks, lock)
+    descriptor = ranks.together(lock)
     try:
         yield
     finally:

@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: Python puts this folder first, where a file would hide a package of its name
 
-from rich import box  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from graft import command  # noqa: E402
-from graft.data.progress import Meter, clock  # noqa: E402
-from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, decode  # noqa: E402
+from graft import command
+from graft.data.progress import Meter, clock
+from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, decode
 
 BLOCK = 1 << 22  # bytes read at once
 LOG_WIDTH = 120  # columns where there is no terminal

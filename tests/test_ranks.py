@@ -19,6 +19,21 @@ def test_alone() -> None:
         ranks.agree(KeyError("x"))
 
 
+def test_work_together() -> None:
+    """A path that is not there is the user's fault, a full disk the machine's."""
+    ranks = Ranks()
+    assert ranks.together(lambda: 3) == 3 and ranks.by_first(lambda: 4) == 4
+    assert Ranks(rank=1, world_size=1).by_first(lambda: 4) is None
+    with pytest.raises(AgreedValueError, match="No such file .*nowhere"):
+        ranks.together(Path("/nowhere").read_text)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="No space left"):
+        ranks.by_first(fail)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

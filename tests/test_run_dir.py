@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from graft.run_dir import (
+    check_encoder,
     checkpoint_steps,
     find_checkpoint,
     step_folder,
@@ -30,6 +31,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("disk full")
     assert checkpoint_steps(tmp_path) == [3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003"]
+
+
+def test_a_checkpoint_knows_its_encoder(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"encoder_fingerprint": "a" * 64}))
+    check_encoder(tmp_path, "a" * 64)
+    with pytest.raises(ValueError, match=r"another encoder \(fingerprint aaaaaaaaaaaa, .* has bbbbbbbbbbbb\)"):
+        check_encoder(tmp_path, "b" * 64)
 
 
 def test_what_a_kill_leaves_does_not_count(tmp_path: Path) -> None:

@@ -115,12 +115,8 @@ def score_transcriber(transcriber: Transcriber, ranks: Ranks, settings: Settings
     """
     if not transcriber.entries:
         raise ValueError(f"{label}: there are no utterances to score")
-    started, share, error = time.perf_counter(), None, None
-    try:
-        share = transcribe(transcriber, ranks, batch_size=settings.batch_size, label=label)
-    except Exception as caught:  # whatever it is, the other ranks must not wait for this one
-        error = caught
-    ranks.agree(error)
+    started = time.perf_counter()
+    share = ranks.together(lambda: transcribe(transcriber, ranks, batch_size=settings.batch_size, label=label))
     hypotheses = gathered(share.hypotheses, len(transcriber.entries), ranks)
     loss, num_label_tokens = ranks.sum([share.loss, share.num_label_tokens])
     seconds = max(ranks.gather(time.perf_counter() - started))

@@ -67,13 +67,7 @@ class Checkpoints:
         """
         moments = engine.optimizer_state()  # a collective: before anything that can fail on one rank
         folder = step_folder(self.run_dir, position.step)
-        error = None
-        if self.ranks.is_first:
-            try:
-                self._write(folder, engine, position, moments)
-            except OSError as caught:
-                error = caught
-        self.ranks.agree(error)
+        self.ranks.by_first(lambda: self._write(folder, engine, position, moments))
         return folder
 
     def mark_best(self, position: Position) -> None:
