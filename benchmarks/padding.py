@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from graft.data.plan import padded_tokens, plan_epoch, rank_share
+from graft.data.plan import Plan, cut_step, padded_tokens, rank_share
 from graft.ranks import Ranks
 
 NUM_UTTERANCES, NUM_RANKS = 20_000, 8
@@ -37,11 +37,10 @@ def token_counts(mean: float, sigma: float) -> list[int]:
 def planned(costs: Sequence[int]) -> tuple[float, float]:
     """(padded / real tokens, mean over steps of the dearest rank's tokens / the mean rank's) of one epoch."""
     padded, imbalances = 0, []
-    for step in plan_epoch(costs, seed=1, epoch=0, global_batch_size=BATCH, shuffle_pool=POOL):
-        shares = [
-            rank_share(step, costs, Ranks(rank, NUM_RANKS, rank), MICRO_BATCH_TOKENS) for rank in range(NUM_RANKS)
-        ]
-        per_rank = [sum(padded_tokens(group, costs) for group in share) for share in shares]
+    for step in Plan(costs, seed=1, global_batch_size=BATCH, shuffle_pool=POOL).epoch(0):
+        groups = cut_step(step, costs, NUM_RANKS, MICRO_BATCH_TOKENS)
+        shares = [rank_share(groups, costs, Ranks(rank, NUM_RANKS, rank)) for rank in range(NUM_RANKS)]
+        per_rank = [sum(padded_tokens(groups[number], costs) for number in share) for share in shares]
         padded += sum(per_rank)
         imbalances.append(max(per_rank) / (sum(per_rank) / NUM_RANKS))
     return padded / sum(costs), float(np.mean(imbalances))

@@ -93,6 +93,7 @@ class Stage(Settings):
     eps: Rate = 1e-8
     max_grad_norm: Rate = 1.0
     global_batch_size: Positive = 64  # utterances per step over all ranks
+    micro_batches: Positive = 8  # of a step, whatever the number of ranks: they share them, so take a multiple of it
     micro_batch_tokens: Positive = 8192  # padded positions per forward on one rank: this bounds the memory
     time_masks: NotNegative = 0  # spans of encoder frames set to zero in each utterance, against overfitting
     time_mask_frames: Positive = 10  # longest span; a frame is 20 ms

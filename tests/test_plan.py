@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -14,11 +15,11 @@ from graft.data.plan import (
     Plan,
     _mix,
     check_budget,
+    cut_step,
     evaluation_share,
     num_steps_per_epoch,
     padded_tokens,
-    permutation,
-    plan_epoch,
+    permuted,
     rank_share,
 )
 from graft.ranks import Ranks
@@ -31,15 +32,20 @@ def ranks(rank: int, world_size: int) -> Ranks:
     return Ranks(rank=rank, world_size=world_size, local_rank=0)
 
 
-def shares(step: list[int], costs: list[int], world_size: int, budget: int = BUDGET) -> list[list[list[int]]]:
-    return [rank_share(step, costs, ranks(rank, world_size), budget) for rank in range(world_size)]
+def shares(
+    step: list[int], costs: list[int], world_size: int, budget: int = BUDGET, micro_batches: int = 8
+) -> list[list[list[int]]]:
+    groups = cut_step(step, costs, micro_batches, budget)
+    numbers = [rank_share(groups, costs, ranks(rank, world_size)) for rank in range(world_size)]
+    assert sorted(chain.from_iterable(numbers)) == list(range(len(groups)))
+    return [[groups[number] for number in share] for share in numbers]
 
 
 @settings(deadline=None)
 @given(COSTS, st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 40), st.integers(1, 9))
 @example(costs=[1] * 9, seed=1, epoch=0, size=4, pool=2)
 def test_every_utterance_exactly_once_an_epoch(costs: list[int], seed: int, epoch: int, size: int, pool: int) -> None:
-    steps = plan_epoch(costs, seed=seed, epoch=epoch, global_batch_size=size, shuffle_pool=pool)
+    steps = Plan(costs, seed=seed, global_batch_size=size, shuffle_pool=pool).epoch(epoch)
     assert sorted(chain.from_iterable(steps)) == list(range(len(costs)))
     sizes = {len(step) for step in steps}
     assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
@@ -47,29 +53,29 @@ def test_every_utterance_exactly_once_an_epoch(costs: list[int], seed: int, epoc
 
 
 @settings(deadline=None)
-@given(COSTS, st.integers(1, 8), st.integers(BUDGET, 400))
-def test_shares_are_the_step(costs: list[int], world_size: int, budget: int) -> None:
+@given(COSTS, st.integers(1, 8), st.integers(1, 20), st.integers(BUDGET, 400))
+def test_shares_are_the_step(costs: list[int], world_size: int, micro_batches: int, budget: int) -> None:
     step = random.Random(5).sample(range(len(costs)), len(costs))
-    if len(step) < world_size:
-        with pytest.raises(ValueError, match=f"{len(step)} utterances cannot be shared by {world_size} ranks"):
-            shares(step, costs, world_size, budget)
+    groups = cut_step(step, costs, micro_batches, budget)
+    assert sorted(chain.from_iterable(groups)) == sorted(step)
+    assert all(padded_tokens(group, costs) <= budget for group in groups)
+    if len(groups) < world_size:
+        with pytest.raises(ValueError, match=f"{len(groups)} micro-batches cannot be shared by {world_size} ranks"):
+            shares(step, costs, world_size, budget, micro_batches)
         return
-    dealt = shares(step, costs, world_size, budget)
-    assert sorted(i for share in dealt for group in share for i in group) == sorted(step)
-    for share in dealt:
-        assert share and all(share), "a rank or a micro-batch without utterances"
-        assert all(padded_tokens(group, costs) <= budget for group in share)
-    counts = {len(share) for share in dealt}
-    assert max(counts) - min(counts) <= 1
+    counts = {len(share) for share in shares(step, costs, world_size, budget, micro_batches)}
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, BUDGET), min_size=32, max_size=150), st.integers(1, 8))
-def test_ranks_take_equally_many_micro_batches_where_there_is_enough(costs: list[int], world_size: int) -> None:
-    dealt = shares(list(range(len(costs))), costs, world_size)
-    num_groups = sum(len(share) for share in dealt)
-    if -(-num_groups // world_size) * world_size <= len(costs):
-        assert len({len(share) for share in dealt}) == 1
+@given(COSTS, st.integers(1, 20), st.integers(BUDGET, 400))
+def test_a_step_has_its_number_of_micro_batches(costs: list[int], micro_batches: int, budget: int) -> None:
+    """A multiple of what is asked for, or one for each utterance."""
+    groups = cut_step(range(len(costs)), costs, micro_batches, budget)
+    assert all(groups), "a micro-batch without utterances"
+    assert len(groups) % micro_batches == 0 or len(groups) == len(costs)
+    if sum(costs) * 4 < budget * micro_batches and len(costs) >= micro_batches:
+        assert len(groups) == micro_batches
 
 
 def speech_costs(count: int, seed: int = 3) -> list[int]:
@@ -86,7 +92,7 @@ def test_ranks_carry_equal_loads_and_little_padding(world_size: int) -> None:
     for number in range(plan.steps_per_epoch):
         loads = [
             sum(padded_tokens(group, costs) for group in share)
-            for share in shares(plan.step(number)[1], costs, world_size, 4096)
+            for share in shares(plan.step(number)[1], costs, world_size, 4096, world_size)
         ]
         real += sum(costs[i] for i in plan.step(number)[1])
         padded += sum(loads)
@@ -101,7 +107,7 @@ def test_bucketing_is_what_saves_the_padding() -> None:
 
     def padding(pool: int) -> float:
         plan = Plan(costs, seed=1, global_batch_size=64, shuffle_pool=pool)
-        groups = [g for n in range(plan.steps_per_epoch) for g in rank_share(plan.step(n)[1], costs, Ranks(), 4096)]
+        groups = [g for n in range(plan.steps_per_epoch) for g in cut_step(plan.step(n)[1], costs, 1, 4096)]
         return 1 - sum(costs) / sum(padded_tokens(g, costs) for g in groups)
 
     assert padding(1) > 3 * padding(64)
@@ -110,12 +116,12 @@ def test_bucketing_is_what_saves_the_padding() -> None:
 def test_a_hand_made_share() -> None:
     """Costs 9 | 5, 5 | 4, 2 | 1 within a budget of 10 take 9, 10, 8 and 1 positions: 10 + 1 here, 9 + 8 there."""
     costs = [1, 5, 9, 2, 5, 4]
-    assert shares([0, 1, 2, 3, 4, 5], costs, 2, 10) == [[[1, 4], [0]], [[2], [5, 3]]]
+    assert shares([0, 1, 2, 3, 4, 5], costs, 2, 10, 2) == [[[1, 4], [0]], [[2], [5, 3]]]
 
 
 def test_more_micro_batches_than_ranks_can_fill_evenly() -> None:
     """Three utterances that fill a micro-batch each, two ranks: one of them takes two."""
-    assert shares([2, 0, 1], [10, 10, 10], 2, 10) == [[[0], [2]], [[1]]]
+    assert shares([2, 0, 1], [10, 10, 10], 2, 10, 2) == [[[0], [2]], [[1]]]
 
 
 def test_an_utterance_above_the_budget_is_named() -> None:
@@ -123,7 +129,7 @@ def test_an_utterance_above_the_budget_is_named() -> None:
         check_budget([3, 11, 17, 10], 10, ["short", "long", "longer", "just"])
     assert "Raise micro_batch_tokens to 17" in str(error.value)
     with pytest.raises(ValueError, match=r"utterance 2 \(11 tokens\)"):
-        rank_share([1, 2], [1, 1, 11], Ranks(), 10)
+        cut_step([1, 2], [1, 1, 11], 1, 10)
     with pytest.raises(ValueError, match=r"b \(7 tokens\)"):
         Plan([5, 7], seed=1, global_batch_size=2, shuffle_pool=1, micro_batch_tokens=6, names=["a", "b"])
     with pytest.raises(ValueError, match="and 3 more"):
@@ -150,32 +156,56 @@ def test_a_plan_can_be_entered_anywhere() -> None:
 def test_epochs_and_seeds_differ() -> None:
     costs = [1] * 50
     plans = {
-        str(plan_epoch(costs, seed=seed, epoch=epoch, global_batch_size=50, shuffle_pool=1))
+        str(Plan(costs, seed=seed, global_batch_size=50, shuffle_pool=1).epoch(epoch))
         for seed in range(3)
         for epoch in range(3)
     }
     assert len(plans) == 9
 
 
+def permutation(size: int, key: Sequence[int]) -> list[int]:
+    return permuted(np.arange(size), size, key).tolist()
+
+
 @settings(deadline=None)
-@given(st.integers(0, 200), st.lists(st.integers(0, 2**40), max_size=3))
+@given(st.integers(0, 300), st.lists(st.integers(0, 2**40), max_size=3))
 def test_permutation(size: int, key: list[int]) -> None:
-    assert sorted(permutation(size, key).tolist()) == list(range(size))
+    assert sorted(permutation(size, key)) == list(range(size))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2**40), st.lists(st.integers(0, 2**40), min_size=1, max_size=3), st.data())
+def test_a_permutation_is_read_at_any_position(size: int, key: list[int], data: st.DataObject) -> None:
+    positions = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True))
+    values = permuted(np.array(positions), size, key).tolist()
+    assert len(set(values)) == len(values) and 0 <= min(values) <= max(values) < size
+    assert permuted(np.array(positions[-1:]), size, key).tolist() == values[-1:]
 
 
 def test_permutation_for_ever() -> None:
     """A run that is resumed with a later NumPy must go on as it began: these numbers may never change."""
-    assert permutation(10, (1, 2, 3)).tolist() == [7, 0, 4, 1, 8, 2, 5, 6, 3, 9]
+    assert permutation(10, (1, 2, 3)) == [2, 0, 1, 8, 4, 6, 5, 3, 9, 7]
     assert int(_mix(np.array([0], np.uint64))[0]) == 0xE220A8397B1DCDAF  # SplitMix64's first number from seed 0
 
 
-def test_permutation_is_even() -> None:
-    """Each of 5 values lands on each of 5 places about equally often over many keys."""
-    counts = [[0] * 5 for _ in range(5)]
-    for key in range(2000):
-        for place, value in enumerate(permutation(5, (key, 1)).tolist()):
-            counts[place][value] += 1
-    assert all(320 < count < 480 for row in counts for count in row)
+@pytest.mark.parametrize("size", [2, 3, 5, 17])
+def test_permutation_is_even(size: int) -> None:
+    """Each value lands on each place, and each pair of neighbours comes, about equally often over many keys."""
+    places, neighbours, keys = np.zeros((size, size)), np.zeros((size, size)), 400 * size
+    for key in range(keys):
+        values = permutation(size, (key, 1))
+        places[np.arange(size), values] += 1
+        neighbours[values[:-1], values[1:]] += 1
+    assert (abs(places - 400) < 5.5 * 400**0.5).all()  # standard deviation below 20
+    expected = keys * (size - 1) / (size * (size - 1))
+    assert (abs(neighbours[~np.eye(size, dtype=bool)] - expected) < 5.5 * expected**0.5).all()
+
+
+def test_a_long_permutation_has_no_drift() -> None:
+    """Neighbours in a permutation of 10,000 are as far from each other as chance has it: 10,000 / 3 on average."""
+    values = np.array(permutation(10_000, (4,)))
+    assert abs(np.abs(np.diff(values)).mean() / (10_000 / 3) - 1) < 0.03
+    assert abs(np.corrcoef(np.arange(10_000), values)[0, 1]) < 0.04
 
 
 @settings(deadline=None)

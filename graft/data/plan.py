@@ -2,7 +2,8 @@
 
 The plan of an epoch follows from (costs, seed, epoch, global batch size, pool); the number of ranks does not enter. A
 step is shared out afterwards. So any number of ranks takes the same steps, and a run is resumed at any step, on
-another number of ranks too, from one number.
+another number of ranks too, from one number. Nothing is kept of an epoch: a step is worked out from its number in
+milliseconds, of a hundred utterances or of a hundred million.
 
 cost: padded positions an utterance takes in a forward pass (audio tokens, prompt, text)
 """
@@ -16,30 +17,8 @@ import numpy as np
 from graft.ranks import Ranks
 
 SHUFFLE_UTTERANCES, SHUFFLE_STEPS = 1, 2  # what a permutation is for: each purpose its own
+FEISTEL_ROUNDS = 8
 MOST_NAMED = 10
-
-
-def plan_epoch(
-    costs: Sequence[int], *, seed: int, epoch: int, global_batch_size: int, shuffle_pool: int
-) -> list[list[int]]:
-    """Steps of one epoch: every index exactly once, at most ``global_batch_size`` to a step.
-
-    The utterances are shuffled, every ``shuffle_pool`` steps' worth of them is sorted by cost and cut into steps of
-    similar cost, and the steps are shuffled. There are ``ceil(N / global_batch_size)`` steps whose sizes differ by at
-    most one, so the last step of an epoch is a step like the others.
-    """
-    total = len(costs)
-    num_steps = num_steps_per_epoch(total, global_batch_size)
-    bounds = np.arange(num_steps + 1) * total // num_steps
-    order = permutation(total, (seed, epoch, SHUFFLE_UTTERANCES))
-    by_order = np.asarray(costs)[order]
-    steps: list[list[int]] = []
-    for first in range(0, num_steps, shuffle_pool):
-        pool = bounds[first : first + shuffle_pool + 1]
-        by_cost = np.argsort(by_order[pool[0] : pool[-1]], kind="stable")
-        ranked = order[pool[0] : pool[-1]][by_cost]
-        steps += [ranked[a - pool[0] : b - pool[0]].tolist() for a, b in zip(pool[:-1], pool[1:], strict=True)]
-    return [steps[position] for position in permutation(num_steps, (seed, epoch, SHUFFLE_STEPS))]
 
 
 def num_steps_per_epoch(num_utterances: int, global_batch_size: int) -> int:
@@ -49,24 +28,43 @@ def num_steps_per_epoch(num_utterances: int, global_batch_size: int) -> int:
     return -(-num_utterances // global_batch_size)
 
 
-def rank_share(step: Sequence[int], costs: Sequence[int], ranks: Ranks, micro_batch_tokens: int) -> list[list[int]]:
-    """This rank's micro-batches of a step: each at most ``micro_batch_tokens`` padded positions.
+def cut_step(step: Sequence[int], costs: Sequence[int], micro_batches: int, micro_batch_tokens: int) -> list[list[int]]:
+    """The micro-batches of a step, dearest first: ``micro_batches`` of them, whoever computes them.
 
-    The union over ranks is the step, without overlap. All ranks get the same number of micro-batches wherever the
-    step has enough utterances for that, always at least one, and about the same number of positions.
+    There are twice, three times as many where so many would exceed ``micro_batch_tokens`` padded positions, and one
+    for each utterance where there are fewer utterances. The dearest is as cheap as it can be.
 
     Raises:
-        ValueError: fewer utterances than ranks, or one that alone exceeds the budget.
+        ValueError: an utterance alone exceeds the budget.
     """
-    if len(step) < ranks.world_size:
-        raise ValueError(
-            f"a step of {len(step)} utterances cannot be shared by {ranks.world_size} ranks: raise global_batch_size "
-            f"to {ranks.world_size} or more, give more data, or use fewer ranks"
-        )
     check_budget([costs[i] for i in step], micro_batch_tokens, [f"utterance {i}" for i in step])
     ranked = sorted(step, key=lambda i: (-costs[i], i))
-    groups = _equal_groups(ranked, costs, ranks.world_size, micro_batch_tokens)
-    return _deal(groups, costs, ranks.world_size)[ranks.rank]
+    groups = _equal_groups(ranked, costs, micro_batches, micro_batch_tokens)
+    return sorted(groups, key=lambda group: (-padded_tokens(group, costs), group[0]))
+
+
+def rank_share(micro_batches: Sequence[Sequence[int]], costs: Sequence[int], ranks: Ranks) -> list[int]:
+    """The numbers of this rank's micro-batches of a step.
+
+    Every micro-batch is one rank's, every rank has one, their counts differ by at most one, and all ranks get about
+    the same number of positions.
+
+    Raises:
+        ValueError: fewer micro-batches than ranks.
+    """
+    if len(micro_batches) < ranks.world_size:
+        raise ValueError(
+            f"a step of {len(micro_batches)} micro-batches cannot be shared by {ranks.world_size} ranks: raise "
+            f"micro_batches and global_batch_size to {ranks.world_size} or more, give more data, or use fewer ranks"
+        )
+    room = -(-len(micro_batches) // ranks.world_size)
+    shares: list[list[int]] = [[] for _ in range(ranks.world_size)]
+    loads = [0] * ranks.world_size
+    for number, group in enumerate(micro_batches):  # dearest first, to the least loaded rank that has room
+        rank = min((r for r in range(ranks.world_size) if len(shares[r]) < room), key=lambda r: (loads[r], r))
+        shares[rank].append(number)
+        loads[rank] += padded_tokens(group, costs)
+    return shares[ranks.rank]
 
 
 def evaluation_share(num_utterances: int, ranks: Ranks) -> list[int]:
@@ -74,19 +72,19 @@ def evaluation_share(num_utterances: int, ranks: Ranks) -> list[int]:
     return list(range(ranks.rank, num_utterances, ranks.world_size))
 
 
-def check_budget(costs: Sequence[int], micro_batch_tokens: int, names: Sequence[str]) -> None:
+def check_budget(costs: Sequence[int], micro_batch_tokens: int, names: Sequence[str] | None = None) -> None:
     """Refuse utterances that alone exceed the budget of a micro-batch.
 
     Raises:
         ValueError: names them, with their costs.
     """
-    over = [(names[i], cost) for i, cost in enumerate(costs) if cost > micro_batch_tokens]
+    over = np.flatnonzero(np.asarray(costs) > micro_batch_tokens).tolist()
     if over:
-        told = ", ".join(f"{name} ({cost} tokens)" for name, cost in over[:MOST_NAMED])
+        told = ", ".join(f"{names[i] if names else f'utterance {i}'} ({costs[i]} tokens)" for i in over[:MOST_NAMED])
         more = f" and {len(over) - MOST_NAMED} more" if len(over) > MOST_NAMED else ""
         raise ValueError(
             f"longer than micro_batch_tokens = {micro_batch_tokens}: {told}{more}. "
-            f"Raise micro_batch_tokens to {max(cost for _, cost in over)} or take them out of the manifest."
+            f"Raise micro_batch_tokens to {max(costs[i] for i in over)} or take them out of the manifest."
         )
 
 
@@ -96,7 +94,12 @@ def padded_tokens(group: Sequence[int], costs: Sequence[int]) -> int:
 
 
 class Plan:
-    """The endless sequence of steps of a training run: ``step(n)`` for any n, at once."""
+    """The endless sequence of steps of a training run: ``step(n)`` for any n, at once.
+
+    An epoch has ``ceil(N / global_batch_size)`` steps and every utterance exactly once. The utterances are permuted,
+    every ``shuffle_pool`` steps' worth of them is sorted by cost and cut into steps of similar cost, and the steps are
+    permuted. The sizes of steps differ by at most one, so the last step of an epoch is a step like the others.
+    """
 
     def __init__(
         self,
@@ -110,37 +113,65 @@ class Plan:
     ) -> None:
         """``names`` are the utterances' ids, for the error when one exceeds ``micro_batch_tokens``."""
         if micro_batch_tokens is not None:
-            check_budget(costs, micro_batch_tokens, names or [f"utterance {i}" for i in range(len(costs))])
-        self.costs, self.seed = costs, seed
-        self.global_batch_size, self.shuffle_pool = global_batch_size, shuffle_pool
+            check_budget(costs, micro_batch_tokens, names)
+        self.costs, self.seed = np.asarray(costs), seed
+        self.shuffle_pool = shuffle_pool
         self.steps_per_epoch = num_steps_per_epoch(len(costs), global_batch_size)
-        self._epoch, self._steps = -1, []
 
     def step(self, number: int) -> tuple[int, list[int]]:
         """(epoch, utterance indices) of step ``number``, from 0."""
         epoch, position = divmod(number, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._steps = plan_epoch(
-                self.costs,
-                seed=self.seed,
-                epoch=epoch,
-                global_batch_size=self.global_batch_size,
-                shuffle_pool=self.shuffle_pool,
-            )
-            self._epoch = epoch
-        return epoch, self._steps[position]
+        place = int(permuted(np.array([position]), self.steps_per_epoch, (self.seed, epoch, SHUFFLE_STEPS))[0])
+        first = place // self.shuffle_pool * self.shuffle_pool
+        start = self._bound(first)
+        pool = np.arange(start, self._bound(min(first + self.shuffle_pool, self.steps_per_epoch)))
+        members = permuted(pool, len(self.costs), (self.seed, epoch, SHUFFLE_UTTERANCES))
+        by_cost = members[np.argsort(self.costs[members], kind="stable")]
+        return epoch, by_cost[self._bound(place) - start : self._bound(place + 1) - start].tolist()
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """All steps of epoch ``number``."""
+        first = number * self.steps_per_epoch
+        return [self.step(first + position)[1] for position in range(self.steps_per_epoch)]
+
+    def _bound(self, place: int) -> int:
+        """How many utterances come before step ``place`` of the epoch, before the steps are permuted."""
+        return place * len(self.costs) // self.steps_per_epoch
 
 
-def permutation(size: int, key: Sequence[int]) -> np.ndarray:
-    """A permutation of ``range(size)`` that depends on ``key`` alone, for ever.
+def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
+    """What stands at ``positions`` of a permutation of ``range(size)`` that depends on ``key`` alone, for ever.
 
-    NumPy keeps the right to change what its generators return (NEP 19); a resumed run must not. This is SplitMix64
-    (Steele, Lea, Flood 2014) over a counter, sorted.
+    No table is made. The numbers below the next power of four are enciphered by a Feistel network (Luby, Rackoff 1988)
+    with SplitMix64 (Steele, Lea, Flood 2014) as its round function, and what falls outside of ``range(size)`` is
+    enciphered again until it is inside (Black, Rogaway 2002). NumPy's own generators may change (NEP 19), so a run
+    that is resumed cannot rest on them.
     """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    state = _state(key)
+    values = np.asarray(positions).astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        values[outside] = _encipher(values[outside], half_bits, state)
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)
+
+
+def _encipher(values: np.ndarray, half_bits: int, state: np.uint64) -> np.ndarray:
+    """A bijection of the numbers of ``2 * half_bits`` bits."""
+    bits, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = values >> bits, values & mask
+    for round_key in _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + state):
+        left, right = right, left ^ (_mix(right + round_key) & mask)
+    return left << bits | right
+
+
+def _state(key: Sequence[int]) -> np.uint64:
+    """Where the round keys of ``key`` begin."""
     state = np.uint64(0)
     for number in key:
         state = _mix(np.array([number], np.uint64) + state)[0]
-    return np.argsort(_mix(np.arange(size, dtype=np.uint64) + state), kind="stable")
+    return state
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -150,11 +181,10 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _equal_groups(ranked: Sequence[int], costs: Sequence[int], num_ranks: int, budget: int) -> list[list[int]]:
-    """Cut utterances, dearest first, into micro-batches: a multiple of ``num_ranks`` of them, the dearest one cheap."""
-    fewest = max(len(_cut(ranked, costs, budget)), num_ranks)
-    equal = -(-fewest // num_ranks) * num_ranks
-    wanted = equal if equal <= len(ranked) else fewest
+def _equal_groups(ranked: Sequence[int], costs: Sequence[int], unit: int, budget: int) -> list[list[int]]:
+    """Cut utterances, dearest first, into micro-batches: a multiple of ``unit`` of them, the dearest one cheap."""
+    fewest = len(_cut(ranked, costs, budget))
+    wanted = min(-(-fewest // unit) * unit, len(ranked))
     low, high = max(costs[i] for i in ranked), budget
     while low < high:  # the smallest budget that still gives no more than the wanted number
         middle = (low + high) // 2
@@ -183,15 +213,3 @@ def _split_dearest(groups: list[list[int]], costs: Sequence[int]) -> list[list[i
     )
     group, half = groups[position], len(groups[position]) // 2
     return [*groups[:position], group[:half], group[half:], *groups[position + 1 :]]
-
-
-def _deal(groups: Sequence[Sequence[int]], costs: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
-    """Each group to the least loaded rank that has room, dearest group first."""
-    room = -(-len(groups) // num_ranks)
-    shares: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for group in sorted(groups, key=lambda g: (-padded_tokens(g, costs), g[0])):
-        rank = min((r for r in range(num_ranks) if len(shares[r]) < room), key=lambda r: (loads[r], r))
-        shares[rank].append(list(group))
-        loads[rank] += padded_tokens(group, costs)
-    return shares

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from graft.data.loader import Entry, FeatureSource
-from graft.data.plan import permutation
+from graft.data.plan import permuted
 
 SWAPPED_PAIRS = 3  # what the permutation is for; the plan of an epoch uses 1 and 2
 
@@ -61,7 +62,7 @@ def swapped_partners(entries: Sequence[Entry], texts: Sequence[str], seed: int) 
             f"the split has {len(set(texts))} distinct texts in {len(texts)} utterances: swapping their audio proves "
             "nothing. Score it without swapped audio, or take a split with other texts."
         )
-    shuffled = permutation(len(entries), (seed, SWAPPED_PAIRS)).tolist()
+    shuffled = permuted(np.arange(len(entries)), len(entries), (seed, SWAPPED_PAIRS)).tolist()
     order = sorted(shuffled, key=lambda i: entries[i].num_frames)  # stable: equal lengths stay shuffled
     ordered_texts = [texts[i] for i in order]
     partners = _neighbours(ordered_texts)

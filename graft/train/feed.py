@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from graft.data.collate import Batch, collate_training
 from graft.data.loader import FeatureSample, FeatureSource, Prefetcher, read_samples
 from graft.data.masking import mask_frames
-from graft.data.plan import Plan, rank_share
+from graft.data.plan import Plan, cut_step, rank_share
 from graft.data.prompt import PromptTemplate
 from graft.ranks import Ranks
 from graft.recipe import Data, Stage
@@ -17,10 +17,14 @@ from graft.recipe import Data, Stage
 
 @dataclass(frozen=True)
 class StepInput:
-    """What one rank feeds into one optimiser step; ``ids`` are the whole step's, over all ranks."""
+    """What one rank feeds into one optimiser step; ``ids`` are the whole step's, over all ranks.
+
+    ``numbers`` tell which of the step's micro-batches these are, whatever the number of ranks.
+    """
 
     epoch: int
     ids: tuple[str, ...]
+    numbers: tuple[int, ...]
     micro_batches: tuple[Batch, ...]
 
     @property
@@ -56,11 +60,13 @@ class Feed:
     def read(self, step: int) -> StepInput:
         """This rank's input of ``step``."""
         epoch, indices = self.plan.step(step)
-        share = rank_share(indices, self.costs, self.ranks, self.stage.micro_batch_tokens)
-        batches = tuple(collate_training(self._samples(group, step), self.template) for group in share)
+        groups = cut_step(indices, self.costs, self.stage.micro_batches, self.stage.micro_batch_tokens)
+        numbers = rank_share(groups, self.costs, self.ranks)
+        batches = tuple(collate_training(self._samples(groups[number], step), self.template) for number in numbers)
         if self.pins_memory:
             batches = tuple(batch.pin_memory() for batch in batches)
-        return StepInput(epoch, tuple(self.source.entries[i].id for i in indices), batches)
+        ids = tuple(self.source.entries[i].id for i in indices)
+        return StepInput(epoch, ids, tuple(numbers), batches)
 
     def _samples(self, indices: Sequence[int], step: int) -> list[FeatureSample]:
         samples = read_samples(self.source, indices)

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from graft.ranks import Ranks
 from graft.recipe import Recipe, Stage
 from graft.tracker import NullTracker
@@ -67,9 +65,10 @@ class Loop:
     def _step(self, inputs: StepInput, position: Position) -> StepResult:
         (num_label_tokens,) = self.ranks.sum([inputs.num_label_tokens])
         share = self._share_of_peak(position.stage_step)
-        torch.manual_seed((self.recipe.run.seed << 40) + (position.step << 16) + self.ranks.rank)  # LoRA's dropout
+        first_seed = (self.recipe.run.seed << 40) + (position.step << 16)
+        seeds = [first_seed + number for number in inputs.numbers]  # of a micro-batch, on whatever rank it is
         precision = self.recipe.run.precision
-        result = train_step(self.engine, inputs.micro_batches, int(num_label_tokens), share, precision)
+        result = train_step(self.engine, inputs.micro_batches, seeds, int(num_label_tokens), share, precision)
         position.step += 1
         if self.recipe.run.log_utterances:
             self.tracker.utterances(position.step, inputs.ids)

@@ -26,12 +26,18 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, micro_batches: Sequence[Batch], num_label_tokens: int, share_of_peak: float, precision: str
+    engine: Engine,
+    micro_batches: Sequence[Batch],
+    seeds: Sequence[int],
+    num_label_tokens: int,
+    share_of_peak: float,
+    precision: str,
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches, one reduction, one update.
 
     Args:
         micro_batches: this rank's share of the step.
+        seeds: of the dropout in each of them.
         num_label_tokens: label positions of the whole step, over all ranks.
         share_of_peak: learning rate as a share of its peak.
         precision: 'bf16' runs the forward pass under autocast.
@@ -39,7 +45,8 @@ def train_step(
     assert num_label_tokens > 0, "a step without a label has no loss"
     shares = []
     with engine.one_reduction():
-        for batch in micro_batches:
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            torch.manual_seed(seed)
             inputs = batch.to(engine.device).model_inputs()
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = engine(**inputs, num_items_in_batch=num_label_tokens, use_cache=False).loss

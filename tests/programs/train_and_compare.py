@@ -39,7 +39,7 @@ for number in (1, 2):
     engine = Engine(graft.model, dict.fromkeys(trained, 0.01), stage, config, ranks)
     feed = Feed(source, template, stage, recipe.data, ranks, seed=number)
     for inputs in feed.steps(0, 3):
-        train_step(engine, inputs.micro_batches, inputs.num_label_tokens, 1.0, recipe.run.precision)
+        train_step(engine, inputs.micro_batches, inputs.numbers, inputs.num_label_tokens, 1.0, recipe.run.precision)
     engine.close()
     part = "projector" if number == 1 else "lora"
     moved[part] = any(not torch.equal(before[n], p) for n, p in trained.items() if part in n)
