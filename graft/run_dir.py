@@ -101,7 +101,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
         if not file.is_file():
             raise ValueError(f"checkpoint {checkpoint} has lost {name}: take an older one")
         if digest(file) != expected:
-            raise ValueError(f"{file} is damaged: its sha256 is not the one in {FILES_FILE}; take an older checkpoint")
+            raise ValueError(f"{file} is damaged: its sha256 is not the one in {FILES_FILE}; take an older one")
 
 
 @contextlib.contextmanager

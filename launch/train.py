@@ -9,8 +9,6 @@ checkpoint saved.
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import sys
 from pathlib import Path
@@ -36,6 +34,7 @@ from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
 from graft.train.claim import beginning, claim, dress, settings_that_matter, versions
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.feed import Feed
+from graft.train.guard import check_alike, inputs_of
 from graft.train.loop import Evaluate, Loop
 from graft.train.meter import StepMeter, flops_per_token
 
@@ -70,7 +69,8 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
         "encoder_fingerprint": sources.fingerprint,
         "versions": versions(),
     }
-    check_alike(about | {"trained": sorted(rates), "utterances": len(feed.costs)}, ranks)
+    shapes = {name: list(weight.shape) for name, weight in select_trainable(graft.model, number).items()}
+    check_alike(about | {"inputs": inputs_of(feed), "trained": shapes}, ranks)
     engine = Engine(graft.model, rates, stage, ds_config, ranks)
     if resumed:
         resume_optimizer(engine, checkpoint, position)
@@ -134,17 +134,6 @@ def assembled(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks
     graft = assemble(recipe, device=ranks.device())
     dress(graft.model, recipe, number, checkpoint)
     return graft
-
-
-def check_alike(what: dict, ranks: Ranks) -> None:
-    """Refuse to train when ranks differ in settings, versions, data or trained names: nodes drift apart."""
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-    differing = ranks.differing(digest)
-    if differing:
-        raise ValueError(
-            f"ranks {differing} have other settings, package versions or data than rank 0: make the nodes alike "
-            "(same code, same environment, same shards)"
-        )
 
 
 def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, feed: Feed) -> None:

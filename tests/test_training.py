@@ -23,6 +23,7 @@ QUICK = [
     f"stage1.max_steps={NUM_STEPS}",
     "stage1.warmup_steps=2",
     "stage1.global_batch_size=7",
+    "stage1.micro_batches=6",
     "stage2.max_steps=3",
     "stage2.warmup_steps=1",
     "stage2.global_batch_size=7",
@@ -146,18 +147,28 @@ def test_one_rank_is_stopped_then_the_same_command_again(
     assert_same_run(run_dir, straight)
 
 
-@pytest.mark.faults
-def test_a_damaged_checkpoint_is_refused(
-    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
-) -> None:
-    run_dir = shutil.copytree(straight, tmp_path / "run")
-    file = step_folder(run_dir, NUM_STEPS) / "optimizer.safetensors"
+def damage(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
     file.write_bytes(data)
-    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", "stage1.max_steps=8"]
+
+
+@pytest.mark.faults
+def test_a_damaged_checkpoint_is_passed_over(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    """The newest one that is whole wins; where none is, nothing begins afresh in silence."""
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}"]
+    damage(step_folder(run_dir, NUM_STEPS) / "optimizer.safetensors")
+    outcome = run_launcher(*line, timeout_s=400)
+    assert "optimizer.safetensors is damaged" in outcome.stdout
+    assert f"resumed at step {NUM_STEPS - 2}" in outcome.stdout
+    assert_same_run(run_dir, straight)
+    for step in checkpoint_steps(run_dir):
+        damage(step_folder(run_dir, step) / "projector.safetensors")
     outcome = run_launcher(*line, expect=2, timeout_s=400)
-    assert "optimizer.safetensors is damaged" in outcome.stderr
+    assert "no checkpoint of stage 1" in outcome.stderr and "projector.safetensors is damaged" in outcome.stderr
 
 
 def test_another_runs_folder_is_refused(words: list[str], straight: Path, run_launcher: Command) -> None:

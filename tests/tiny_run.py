@@ -18,6 +18,7 @@ from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
 from graft.data.manifest import Utterance, write_manifest
 from graft.model.assemble import assemble, save_trained
+from graft.model.encoder import SpeechEncoder
 from graft.recipe import Recipe
 from graft.run_dir import STATE_FILE, step_folder, whole_folder, write_whole
 
@@ -85,5 +86,7 @@ def write_checkpoint(run_dir: Path, made: Recipe, step: int) -> Path:
             parameter.mul_(10 * step)
     with whole_folder(step_folder(run_dir, step)) as temporary:
         save_trained(temporary, model)
-        (temporary / STATE_FILE).write_text(json.dumps({"stage": 1, "step": step, "first_step": 0}))
+        state = {"stage": 1, "step": step, "first_step": 0}
+        fingerprint = SpeechEncoder(made.bases.whisper).fingerprint
+        (temporary / STATE_FILE).write_text(json.dumps(state | {"encoder_fingerprint": fingerprint}))
     return step_folder(run_dir, step)

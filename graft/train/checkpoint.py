@@ -6,6 +6,7 @@ Adam's moments are gathered by parameter name, not by partition, so that a run g
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from graft.run_dir import (
 )
 from graft.train.engine import Engine
 
+LOG = logging.getLogger(__name__)
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -91,13 +93,36 @@ class Checkpoints:
 
 
 def newest(run_dir: Path, stage: int) -> Path | None:
-    """The newest whole checkpoint of ``stage``, if there is one."""
+    """The newest checkpoint of ``stage`` that is whole, if there is one.
+
+    Raises:
+        ValueError: if there were some and all of them are damaged; never a silent fresh start.
+    """
+    damaged: list[str] = []
     for step in reversed(checkpoint_steps(run_dir)):
         folder = step_folder(run_dir, step)
-        if read_state(folder)["stage"] == stage:
+        if _stage_of(folder) not in (stage, None):
+            continue
+        try:
             verify_checkpoint(folder)
             return folder
+        except ValueError as error:
+            damaged.append(str(error))
+            LOG.warning("%s", error)
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of stage {stage} in {run_dir} is whole: {damaged[0]}. Remove the damaged ones to begin "
+            "the stage afresh."
+        )
     return None
+
+
+def _stage_of(checkpoint: Path) -> int | None:
+    """The stage of a checkpoint, None where its state cannot be read."""
+    try:
+        return read_state(checkpoint)["stage"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def position_of(checkpoint: Path) -> Position:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from graft.model.lora import add_lora
 from graft.recipe import Recipe
 from graft.run_dir import best_steps, find_checkpoint, read_state, step_folder, verify_checkpoint, write_whole
 from graft.train.checkpoint import Position, newest, position_of
+from graft.train.guard import differences
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "jiwer", "tensorboard", "safetensors", "numpy")
@@ -43,7 +43,7 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     claimed = _claimed(run_dir)
     ours = settings_that_matter(recipe, stage)
     theirs = claimed.get(str(stage)) or _shared(claimed.get("1", {}))
-    differing = list(_differing(theirs, ours))
+    differing = list(differences(theirs, {name: ours.get(name) for name in theirs}))
     if differing:
         told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
         raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
@@ -124,11 +124,3 @@ def _claimed(run_dir: Path) -> dict[str, Any]:
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
     return {section: settings[section] for section in GRAFT_SECTIONS if section in settings}
-
-
-def _differing(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in theirs:
-            yield from _differing(theirs[name], ours.get(name), f"{key}.{name}" if key else name)
-    elif theirs != ours:
-        yield key, theirs, ours

@@ -44,7 +44,12 @@ class Feed:
     def __init__(
         self, source: FeatureSource, template: PromptTemplate, stage: Stage, data: Data, ranks: Ranks, seed: int
     ) -> None:
-        """Raises ValueError when an utterance alone exceeds ``micro_batch_tokens``, or there is none."""
+        """Raises ValueError for fewer micro-batches than ranks, an utterance above the budget, or no utterance."""
+        if stage.micro_batches < ranks.world_size:
+            raise ValueError(
+                f"a step has {stage.micro_batches} micro-batches and there are {ranks.world_size} ranks: raise "
+                f"micro_batches of the stage to a multiple of {ranks.world_size}, or use fewer ranks"
+            )
         self.source, self.template, self.stage, self.ranks = source, template, stage, ranks
         self.depth, self.seed = data.prefetch, seed
         self.costs = template.costs(source.entries)
