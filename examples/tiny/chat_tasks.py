@@ -1,8 +1,8 @@
-"""What the tiny Qwen2-VL learns before it ever hears speech: to write grammar sentences from a letter-like murmur.
+"""What the tiny Qwen2-VL learns before it ever hears speech: to write grammar sentences that are murmured to it.
 
-Where speech will stand later, a *murmur* of the sentence stands now: its letters laid on a time line, each long or
-short, some wrong or missing, and cut into slots of equal length, so that a slot holds a mixture of the letters that
-fall into it. A projector that says roughly which letters it hears is then understood from the first step.
+Where speech will stand later, a *murmur* of the sentence stands now: its words or its letters laid on a time line, each
+long or short, letters sometimes wrong or missing, and cut into slots of equal length, so that a slot holds a mixture of
+what falls into it. A projector that says roughly which words or letters it hears is understood from the start.
 
 Shapes: B sequences, L positions, S slots, V rows of the embedding matrix.
 """
@@ -32,7 +32,8 @@ INSTRUCTIONS = [
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 MARKED_SHARE = 0.6  # murmurs that stand between the vision markers, as speech will between its own
-PIECES_SHARE = 0.2  # murmurs of word pieces in place of letters
+WORDS_SHARE = 0.5  # murmurs of whole words in place of letters
+PAUSE_PROBABILITY = 0.4  # before a murmured word
 PLAIN_SHARE = 0.05  # sequences that are sentences and nothing else
 
 
@@ -79,10 +80,16 @@ class TaskMaker:
         return Sequence(mixture, labels, torch.zeros(len(mixture), dtype=torch.bool))
 
     def murmur(self, text: str, rng: Random) -> torch.Tensor:
-        """``text`` as noisy, over-long, letter-like slots (S, V)."""
-        if rng.random() < PIECES_SHARE:
-            return self.slots(self.encode(text), rng, mean_slots=rng.uniform(1.5, 3.0))
+        """``text`` as over-long slots (S, V), each a mixture of words or of letters."""
+        if rng.random() < WORDS_SHARE:
+            return self.slots(self.speak(text, rng), rng, mean_slots=rng.uniform(1.0, 4.0))
         return self.slots(self.spell(text, rng), rng, mean_slots=rng.uniform(0.5, 1.4))
+
+    def speak(self, text: str, rng: Random) -> list[int]:
+        """Word ids of ``text``, each as it is inside a sentence, with pauses between some."""
+        pause = self.tokenizer.convert_tokens_to_ids("Ġ")
+        words = self.encode(f" {text}")
+        return [part for word in words for part in ([pause, word] if rng.random() < PAUSE_PROBABILITY else [word])]
 
     def spell(self, text: str, rng: Random) -> list[int]:
         """Letter ids of ``text``; some wrong, some missing, word gaps often missing."""

@@ -28,8 +28,8 @@ from training_run import Losses, TrainingRun
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 100
-BATCH_SIZE = 24
-PICTURE_EVERY = 4  # steps
+BATCH_SIZE = 32
+PICTURE_EVERY = 2  # steps
 NUM_TOKENIZER_SENTENCES = 10_000
 
 

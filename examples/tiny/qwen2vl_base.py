@@ -43,8 +43,11 @@ IMAGE_PROCESSOR = {
 WORD_BOUNDARIES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
-def make_tokenizer(texts: Iterable[str], num_pieces: int = 640) -> Qwen2Tokenizer:
-    """A byte-level BPE learned on ``texts``; Qwen's special tokens stand behind its pieces, in Qwen's order."""
+def make_tokenizer(texts: Iterable[str], num_pieces: int = 1_200) -> Qwen2Tokenizer:
+    """A byte-level BPE learned on ``texts``; Qwen's special tokens stand behind its pieces, in Qwen's order.
+
+    It stops below ``num_pieces`` where nothing is left to merge.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

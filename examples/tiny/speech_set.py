@@ -69,15 +69,16 @@ Draw = Callable[[np.random.Generator], tuple[np.ndarray, str]]
 def joined(
     draw: Draw, how: Augmentation, max_samples: int, join_probability: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """An augmented utterance, often with a second one behind it where both fit into ``max_samples``.
+    """An augmented utterance; with ``join_probability`` one more behind it, and so on while ``max_samples`` holds them.
 
     Joined utterances fill the window, so that its later positions are trained as well as its first ones.
     """
     waveform, text = augmented(*draw(rng), how, max_samples, rng)
-    if rng.random() < join_probability:
-        second, more = augmented(*draw(rng), how, max_samples, rng)
-        if len(waveform) + len(second) <= max_samples:
-            return np.concatenate([waveform, second]), f"{text} {more}"
+    while rng.random() < join_probability:
+        following, more = augmented(*draw(rng), how, max_samples, rng)
+        if len(waveform) + len(following) > max_samples:
+            break
+        waveform, text = np.concatenate([waveform, following]), f"{text} {more}"
     return waveform, text
 
 

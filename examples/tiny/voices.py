@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import numpy as np
 import soundfile
 import soxr
 
+import invented_voices
+
 SAMPLE_RATE = 16_000
 MAX_DURATION_S = 3.7
 KEPT_SILENCE_S = (0.05, 0.12)  # before and after the speech
 SPEED_STEP = 15  # words a minute
+INVENTED_SHARE = 0.6  # of train utterances, in invented voices
 
 ACCENTS = "en-us en-gb en-gb-scotland en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-029 en-us-nyc".split()
 
@@ -47,7 +51,14 @@ class Voice:
 
 def draw_voice(split: str, rng: Random) -> Voice:
     """A voice of ``split``: its accent, pitch and speed are free, its variant belongs to the split."""
-    return Voice(rng.choice(ACCENTS), rng.choice(VARIANTS[split]), rng.randint(25, 75), rng.randint(130, 185))
+    return Voice(rng.choice(ACCENTS), draw_variant(split, rng), rng.randint(25, 75), rng.randint(130, 185))
+
+
+def draw_variant(split: str, rng: Random) -> str:
+    """A named variant of ``split``; in train also an invented one."""
+    if split == "train" and rng.random() < INVENTED_SHARE:
+        return invented_voices.invented(rng.randrange(invented_voices.COUNT))
+    return rng.choice(VARIANTS[split])
 
 
 def synthesise(text: str, voice: Voice) -> np.ndarray:
@@ -65,7 +76,9 @@ def run_espeak(text: str, voice: Voice, speed: int) -> np.ndarray:
         path = Path(folder, "speech.wav")
         command = ["espeak-ng", "-v", voice.speaker, "-p", str(voice.pitch), "-s", str(speed), "-w", str(path), text]
         try:
-            subprocess.run(command, check=True, capture_output=True)
+            is_invented = invented_voices.is_invented(voice.variant)
+            environment = invented_voices.prepare(voice.variant, path.parent) if is_invented else {}
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
         except FileNotFoundError:
             raise ValueError("espeak-ng is not installed (Debian: apt-get install espeak-ng)") from None
         waveform, sample_rate = soundfile.read(path, dtype="float32")

@@ -26,17 +26,25 @@ SPECIAL_TOKENS = [
 ]  # fmt: skip
 
 
-def make_tokenizer(texts: Iterable[str], num_pieces: int = 700) -> WhisperTokenizer:
-    """A byte-level BPE learned on ``texts``, Whisper's special tokens behind it as in the real English-only one."""
+def make_tokenizer(texts: Iterable[str], num_pieces: int = 1_200) -> WhisperTokenizer:
+    """A byte-level BPE learned on ``texts``, Whisper's special tokens behind it as in the real English-only one.
+
+    It stops below ``num_pieces`` where nothing is left to merge: every word of the small vocabulary is then one token.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=num_pieces, initial_alphabet=alphabet))
+    bpe.train_from_iterator(map(spoken, texts), trainers.BpeTrainer(vocab_size=num_pieces, initial_alphabet=alphabet))
     model = json.loads(bpe.to_str())["model"]
     tokenizer = WhisperTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
     tokenizer.set_prefix_tokens()  # the start tokens are known only now
     return tokenizer
+
+
+def spoken(text: str) -> str:
+    """``text`` as Whisper writes it: with a space in front, so that a word is the same token wherever it stands."""
+    return f" {text}"
 
 
 def make_extractor() -> WhisperFeatureExtractor:

@@ -1,0 +1,142 @@
+"""The embedded default is what it says: unheard voices and sentences, small; and the arithmetic of its scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+
+TINY = ROOT / "examples" / "tiny"
+SPLITS = ("train", "valid", "test")
+MOST_BYTES = 25_000_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scripts_are_importable() -> Iterator[None]:
+    """The scripts import each other by name, as they do when they are run."""
+    sys.path.insert(0, str(TINY))
+    yield
+    sys.path.remove(str(TINY))
+
+
+def lines(split: str) -> list[dict]:
+    return [json.loads(line) for line in (TINY / "corpus" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_no_voice_and_no_sentence_is_in_two_splits() -> None:
+    voices = {split: {line["speaker"].split("+")[1] for line in lines(split)} for split in SPLITS}
+    texts = {split: {line["text"] for line in lines(split)} for split in SPLITS}
+    for kind in (voices, texts):
+        assert all(kind[split] for split in SPLITS)
+        assert (
+            not kind["test"] & kind["train"] and not kind["test"] & kind["valid"] and not kind["valid"] & kind["train"]
+        )
+
+
+def test_manifests_are_true_and_all_is_small() -> None:
+    for split in SPLITS:
+        named = {line["audio_filepath"] for line in lines(split)}
+        there = {path.relative_to(TINY / "corpus").as_posix() for path in (TINY / "corpus/audio" / split).iterdir()}
+        assert named == there
+        for line in Random(split).sample(lines(split), 20):
+            info = soundfile.info(TINY / "corpus" / line["audio_filepath"])
+            assert info.samplerate == 16_000 and info.channels == 1
+            assert info.frames / 16_000 == pytest.approx(line["duration"], abs=1e-4)
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < MOST_BYTES
+
+
+def test_pretraining_hears_nothing_of_the_corpus() -> None:
+    from pretrain_whisper import plan_pretraining
+    from voices import VARIANTS, draw_voice
+
+    plans = plan_pretraining(300, seed=1)
+    assert not {plan.text for plan in plans} & {line["text"] for split in SPLITS for line in lines(split)}
+    heard = {draw_voice(plan.voices, Random(plan.seed)).variant for plan in plans}
+    assert not heard & {*VARIANTS["valid"], *VARIANTS["test"]}
+
+
+def test_the_corpus_is_what_its_script_plans() -> None:
+    from make_corpus import plan_corpus
+    from voices import draw_voice
+
+    for split, plans in plan_corpus(seed=1).items():
+        assert [(line["id"], line["text"]) for line in lines(split)] == [(plan.id, plan.text) for plan in plans]
+        speakers = [draw_voice(plan.voices, Random(plan.seed)).speaker for plan in plans]
+        assert [line["speaker"] for line in lines(split)] == speakers
+
+
+def test_an_invented_voice_is_the_same_everywhere() -> None:
+    from invented_voices import describe, invented
+
+    first = describe(invented(7))
+    assert first == describe(invented(7)) != describe(invented(8))
+    assert first.startswith("language variant\nname invented7\n")
+    assert sum(line.startswith("formant ") for line in first.splitlines()) == 9
+
+
+def test_orthogonal() -> None:
+    """Newton-Schulz brings singular values near 1 and keeps the singular vectors, of wide and of tall matrices."""
+    from muon import orthogonal
+
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 32, 128), (2, 128, 32)):
+        matrices = torch.randn(shape, generator=generator)
+        result = orthogonal(matrices)
+        values = torch.linalg.svdvals(result)
+        assert result.shape == matrices.shape and 0.5 < values.min() and values.max() < 1.3
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity((left @ right).flatten(), result.flatten(), dim=0) > 0.95
+
+
+def test_muon_descends() -> None:
+    from muon import Muon
+
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(8, 12, generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(8, 12))
+    optimizer = Muon([weight], lr=0.05, weight_decay=0.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (weight - target).square().sum().backward()
+        optimizer.step()
+    assert (weight - target).square().mean() < 0.05 * target.square().mean()
+
+
+def test_a_murmur_is_the_sentence_in_slots() -> None:
+    """Every slot is a mixture of weight 1, and words come in their order."""
+    from chat_tasks import TaskMaker
+    from qwen2vl_base import load_base
+
+    _, tokenizer = load_base(Path(TINY, "qwen2_vl"))
+    tasks = TaskMaker(tokenizer, num_rows=1_200, excluded=())
+    text = "emma sold nine cookies friday"
+    slots = tasks.slots(tasks.speak(text, Random(1)), Random(2), mean_slots=3.0)
+    assert torch.allclose(slots.sum(1), torch.ones(len(slots)), atol=1e-5)
+    order = torch.unique_consecutive(slots.argmax(1)).tolist()
+    assert [each for each in order if each in tasks.encode(f" {text}")] == tasks.encode(f" {text}")
+
+
+def test_joined_utterances_fit_the_window() -> None:
+    import numpy as np
+
+    from augmentation import Augmentation
+    from speech_set import SpeechSet, joined
+    from whisper_pretraining import draw_from
+
+    speech = SpeechSet()
+    for seconds, text in ((1.0, "one"), (1.6, "two"), (2.2, "three")):
+        speech.append(np.full(int(seconds * 16_000), 0.1), text)
+    rng = np.random.default_rng(1)
+    seen = set()
+    for _ in range(60):
+        waveform, text = joined(draw_from(speech), Augmentation(), 64_000, 0.9, rng)
+        assert 0 < len(waveform) <= 64_000 and set(text.split()) <= {"one", "two", "three"}
+        seen.add(len(text.split()))
+    assert {1, 2} <= seen
