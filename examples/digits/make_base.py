@@ -20,18 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
-from connected_digits import Recordings, connected_set, draw_digits, only, read_recordings  # noqa: E402
+from connected_digits import Recordings, connected_set, draw_digits, only, read_recordings
 
-from augmentation import Augmentation  # noqa: E402
-from grammar import DIGITS  # noqa: E402
-from make_corpus import Plan  # noqa: E402
-from pretrain_whisper import speak_all  # noqa: E402
-from speech_set import SpeechSet, load_cache, read_manifest, save_cache  # noqa: E402
-from whisper_base import load_base  # noqa: E402
-from whisper_pretraining import (  # noqa: E402
+from augmentation import Augmentation
+from grammar import DIGITS
+from make_corpus import Plan
+from pretrain_whisper import speak_all
+from speech_set import SpeechSet, load_cache, read_manifest, save_cache
+from whisper_base import load_base
+from whisper_pretraining import (
     Pretrainer,
     Schedule,
     Training,
+    blank_id,
     draw_from,
     draw_mixture,
     pretrain,
@@ -78,7 +79,15 @@ def make_training(arguments: argparse.Namespace, people: Recordings, test: Speec
     }
     draw = draw_mixture([(SHARES[name], source) for name, source in sources.items()])
     checkpoint = cache / f"checkpoint-without-{arguments.leave_out or 'nobody'}.pt"
-    return Training(Pretrainer(whisper), tokenizer, draw, lambda step: AUGMENTATION, test, checkpoint, arguments.output)
+    return Training(
+        Pretrainer(whisper, blank_id(tokenizer)),
+        tokenizer,
+        draw,
+        AUGMENTATION,
+        test,
+        checkpoint,
+        arguments.output,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,7 +113,7 @@ def make_base(arguments: argparse.Namespace) -> None:
     heard_test = connected_set(only(test, heard), UTTERANCES_A_SPEAKER, arguments.seed)
     training = make_training(arguments, only(train, heard), heard_test, cache)
     schedule = Schedule(
-        arguments.steps, peak_lr=6e-4, warmup_steps=40, join_probability=0.1, seed=arguments.seed,
+        arguments.steps, peak_lr=8e-4, warmup_steps=40, join_probability=0.1, seed=arguments.seed,
         evaluate_every=arguments.steps,
     )  # fmt: skip
     pretrain(training, schedule, report=lambda line: print(line, flush=True))
