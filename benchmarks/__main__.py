@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import padding, reading
+from benchmarks import padding, planning, reading
 
-BENCHMARKS = {"padding": padding.report, "reading": reading.report}
+BENCHMARKS = {"padding": padding.report, "planning": planning.report, "reading": reading.report}
 
 
 def main(names: list[str]) -> int:
