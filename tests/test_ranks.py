@@ -56,4 +56,6 @@ def test_two_ranks(run_launcher: Command, tmp_path: Path) -> None:
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for rank in seen:
         assert rank["sum"] == [3.0, 30.0] and rank["gathered"] == ["rank 0", "rank 1"] and rank["differing"] == [1]
+        assert "rank 1: versions.torch is '2.12.0', on rank 0 '2.13.0'" in rank["guard"]
+        assert "rank 1: trained.projector.weight is None, on rank 0 [3, 4]" in rank["guard"]
         assert rank["agreed"] == "bad audio (rank 1 of 2)" and rank["kind"] == "AgreedValueError"

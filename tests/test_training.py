@@ -197,6 +197,17 @@ def test_stage_2_starts_from_stage_1_and_says_so(
     assert any(not torch.equal(weights(run_dir)[name], tensor) for name, tensor in weights(run_dir, 9).items())
 
 
+def test_dropout_does_not_depend_on_the_number_of_ranks(
+    words: list[str], straight: Path, run_launcher: Command, run_python: Command, tmp_path: Path
+) -> None:
+    """Stage 2 with much dropout, on two ranks and on one: what is dropped follows the micro-batch."""
+    run_dirs = [shutil.copytree(straight, tmp_path / name) for name in ("two", "one")]
+    for run, run_dir in zip((run_launcher, run_python), run_dirs, strict=True):
+        run(TRAIN, RECIPE, "--stage", "2", *words, "lora.dropout=0.5", f"run.dir={run_dir}", timeout_s=400)
+    two, one = map(losses, run_dirs)
+    assert len(one) == NUM_STEPS + 3 and one == pytest.approx(two, rel=1e-4)
+
+
 def test_online_features_give_the_same_losses(
     words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from graft.ranks import AgreedValueError, start, stop
+from graft.train.guard import check_alike
 
 folder = Path(sys.argv[-1])
 ranks = start(start_timeout_s=120)
@@ -19,5 +20,12 @@ try:
     ranks.agree(ValueError("bad audio") if ranks.rank == 1 else None)
 except AgreedValueError as error:
     seen |= {"agreed": str(error), "kind": type(error).__name__}
+shapes = {"projector.weight": [3, 4]}
+check_alike({"versions": {"torch": "2.13.0"}, "trained": shapes}, ranks)  # alike: nothing happens
+mine = {"versions": {"torch": f"2.{13 - ranks.rank}.0"}, "trained": shapes if ranks.is_first else {}}
+try:
+    check_alike(mine, ranks)
+except AgreedValueError as error:
+    seen["guard"] = str(error)
 (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
 stop()
