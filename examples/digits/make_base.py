@@ -39,7 +39,7 @@ from whisper_pretraining import (
     word_error_rate,
 )
 
-SHARES = {"people": 0.65, "synthetic": 0.2, "tiny": 0.15}
+SHARES = {"people": 0.75, "synthetic": 0.15, "tiny": 0.1}
 AUGMENTATION = Augmentation(
     speed=(0.8, 1.25),
     tempo=(0.8, 1.25),
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=Path, default=TINY / "whisper", help="the Whisper to go on with")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "digits" / "whisper")
     parser.add_argument("--leave-out", metavar="SPEAKER", help="a speaker who is never heard in training")
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 

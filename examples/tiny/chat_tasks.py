@@ -1,8 +1,11 @@
 """What the tiny Qwen2-VL learns before it ever hears speech: to write grammar sentences that are murmured to it.
 
 Where speech will stand later, a *murmur* of the sentence stands now: its words or its letters laid on a time line, each
-long or short, letters sometimes wrong or missing, and cut into slots of equal length, so that a slot holds a mixture of
-what falls into it. A projector that says roughly which words or letters it hears is understood from the start.
+long or short, with pauses between, letters sometimes wrong or missing, and cut into slots of equal length, so that a
+slot holds a mixture of what falls into it. A projector that says roughly which words or letters it hears is understood
+from the start. As in CTC, two equal words in a row have a pause between them: without one nobody could count them.
+
+Rows of digits and of random words stand among the sentences. No grammar helps there: every word must be listened to.
 
 Shapes: B sequences, L positions, S slots, V rows of the embedding matrix.
 """
@@ -17,10 +20,11 @@ import numpy as np
 import torch
 from transformers import Qwen2Tokenizer
 
-from grammar import sentence
+from grammar import DIGITS, sentence, vocabulary
 from qwen2vl_base import SYSTEM
 
 IGNORED = -100
+PAUSE = "Ġ"  # the piece that a space is
 TRANSCRIBE = "Transcribe the speech."
 INSTRUCTIONS = [
     TRANSCRIBE,
@@ -32,9 +36,17 @@ INSTRUCTIONS = [
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 MARKED_SHARE = 0.6  # murmurs that stand between the vision markers, as speech will between its own
-WORDS_SHARE = 0.5  # murmurs of whole words in place of letters
-PAUSE_PROBABILITY = 0.4  # before a murmured word
+WORDS_SHARE = 0.75  # murmurs of whole words in place of letters
+WORD_SLOTS = (0.8, 4.0)  # mean length of a murmured word, drawn for each murmur
+PAUSE_SLOTS = (0.7, 3.0)  # mean length of a pause, likewise
+PAUSE_PROBABILITY = (0.3, 1.0)  # of a pause between two words, likewise
+LETTER_SLOTS = (0.5, 1.4)
 PLAIN_SHARE = 0.05  # sequences that are sentences and nothing else
+ROW_SHARES = {"digits": 0.25, "words": 0.15}  # of the murmured texts; the others are sentences
+ROW_LENGTHS = (2, 7)
+
+Stretch = tuple[int, float]
+"""A piece of a murmur: token id, mean length in slots."""
 
 
 @dataclass
@@ -53,13 +65,14 @@ class TaskMaker:
         self.tokenizer = tokenizer
         self.num_rows = num_rows
         self.excluded = frozenset(excluded)
+        self.pause = tokenizer.convert_tokens_to_ids(PAUSE)
 
     def draw(self, rng: Random) -> Sequence:
-        """A plain sentence, or a murmur with an instruction and the sentence as the answer."""
-        text = draw_sentence(rng, self.excluded)
+        """A plain sentence, or a murmur with an instruction and the text as the answer."""
         if rng.random() < PLAIN_SHARE:
-            ids = self.encode(text + "<|endoftext|>")
+            ids = self.encode(draw_sentence(rng, self.excluded) + "<|endoftext|>")
             return self.sequence(one_hot(ids, self.num_rows), ids, 0)
+        text = draw_text(rng, self.excluded)
         return self.transcription(self.murmur(text, rng), text, draw_instruction(rng), rng.random() < MARKED_SHARE)
 
     def transcription(self, speech: torch.Tensor, text: str, instruction: str, marked: bool) -> Sequence:
@@ -80,19 +93,23 @@ class TaskMaker:
         return Sequence(mixture, labels, torch.zeros(len(mixture), dtype=torch.bool))
 
     def murmur(self, text: str, rng: Random) -> torch.Tensor:
-        """``text`` as over-long slots (S, V), each a mixture of words or of letters."""
-        if rng.random() < WORDS_SHARE:
-            return self.slots(self.speak(text, rng), rng, mean_slots=rng.uniform(1.0, 4.0))
-        return self.slots(self.spell(text, rng), rng, mean_slots=rng.uniform(0.5, 1.4))
+        """``text`` as slots (S, V), each a mixture of words or of letters."""
+        return self.slots(self.speak(text, rng) if rng.random() < WORDS_SHARE else self.spell(text, rng), rng)
 
-    def speak(self, text: str, rng: Random) -> list[int]:
-        """Word ids of ``text``, each as it is inside a sentence, with pauses between some."""
-        pause = self.tokenizer.convert_tokens_to_ids("Ġ")
-        words = self.encode(f" {text}")
-        return [part for word in words for part in ([pause, word] if rng.random() < PAUSE_PROBABILITY else [word])]
+    def speak(self, text: str, rng: Random) -> list[Stretch]:
+        """The words of ``text``, each as it is inside a sentence, with pauses between some and between equal ones."""
+        word_slots, pause_slots = rng.uniform(*WORD_SLOTS), rng.uniform(*PAUSE_SLOTS)
+        pause_probability = rng.uniform(*PAUSE_PROBABILITY)
+        stretches: list[Stretch] = []
+        for word in self.encode(f" {text}"):
+            is_repeated = bool(stretches) and stretches[-1][0] == word
+            if is_repeated or rng.random() < pause_probability:
+                stretches.append((self.pause, pause_slots))
+            stretches.append((word, word_slots))
+        return stretches
 
-    def spell(self, text: str, rng: Random) -> list[int]:
-        """Letter ids of ``text``; some wrong, some missing, word gaps often missing."""
+    def spell(self, text: str, rng: Random) -> list[Stretch]:
+        """The letters of ``text``; some wrong, some missing, word gaps often missing."""
         letters = []
         for letter in text:
             chance = rng.random()
@@ -100,19 +117,19 @@ class TaskMaker:
                 continue
             if chance > 0.95 and letter != " ":
                 letter = rng.choice("abcdefghijklmnopqrstuvwxyz")
-            letters.append("Ġ" if letter == " " else letter)
-        return self.tokenizer.convert_tokens_to_ids(letters or ["Ġ"])
+            letters.append(PAUSE if letter == " " else letter)
+        letter_slots = rng.uniform(*LETTER_SLOTS)
+        return [(letter, letter_slots) for letter in self.tokenizer.convert_tokens_to_ids(letters)]
 
-    def slots(self, ids: list[int], rng: Random, mean_slots: float) -> torch.Tensor:
-        """Lay ``ids`` on a time line, each for about ``mean_slots``, and cut it into slots (S, V)."""
-        gap = self.tokenizer.convert_tokens_to_ids("Ġ")
-        ids = [gap] + ids + [gap]
-        ends = np.cumsum([mean_slots * rng.lognormvariate(0, 0.4) for _ in ids])
+    def slots(self, stretches: list[Stretch], rng: Random) -> torch.Tensor:
+        """Lay ``stretches`` on a time line, each about as long as it says, and cut the line into slots (S, V)."""
+        stretches = [(self.pause, 1.0), *stretches, (self.pause, 1.0)]
+        ends = np.cumsum([mean_slots * rng.lognormvariate(0, 0.4) for _, mean_slots in stretches])
         starts = np.concatenate([[0], ends[:-1]])
         edges = np.arange(int(np.ceil(ends[-1])))[:, None]
         overlap = np.clip(np.minimum(ends, edges + 1) - np.maximum(starts, edges), 0, None)
         weights = torch.tensor(overlap / overlap.sum(1, keepdims=True), dtype=torch.float32)
-        return weights @ one_hot(ids, self.num_rows)
+        return weights @ one_hot([token for token, _ in stretches], self.num_rows)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
@@ -123,6 +140,23 @@ def draw_sentence(rng: Random, excluded: Collection[str]) -> str:
     while (text := sentence(rng)) in excluded:
         pass
     return text
+
+
+def draw_text(rng: Random, excluded: Collection[str]) -> str:
+    """A sentence, a row of digits or a row of random words, none of them in ``excluded``."""
+    chance = rng.random()
+    if chance < ROW_SHARES["digits"]:
+        return draw_row(DIGITS, rng, excluded)
+    if chance < ROW_SHARES["digits"] + ROW_SHARES["words"]:
+        return draw_row(vocabulary(), rng, excluded)
+    return draw_sentence(rng, excluded)
+
+
+def draw_row(words: list[str], rng: Random, excluded: Collection[str]) -> str:
+    """Random words in a row that is not in ``excluded``."""
+    while (row := " ".join(rng.choices(words, k=rng.randint(*ROW_LENGTHS)))) in excluded:
+        pass
+    return row
 
 
 def draw_instruction(rng: Random) -> str:

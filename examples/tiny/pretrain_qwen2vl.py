@@ -1,6 +1,6 @@
 """Pretrain the tiny Qwen2-VL on text and pictures and save it, in stock Hugging Face format, to ``qwen2_vl/``.
 
-    python examples/tiny/pretrain_qwen2vl.py [--steps 1500] [--cache FOLDER] [--output FOLDER]
+    python examples/tiny/pretrain_qwen2vl.py [--steps 2400] [--cache FOLDER] [--output FOLDER]
 
 It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
 coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
@@ -20,7 +20,8 @@ import jiwer
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from chat_tasks import INSTRUCTIONS, TRANSCRIBE, TaskMaker, TextBatch, collate, draw_sentence, embed
+from chat_tasks import INSTRUCTIONS, TRANSCRIBE, TaskMaker, TextBatch, collate, draw_row, draw_sentence, embed
+from grammar import DIGITS
 from make_corpus import HERE, plan_corpus
 from pictures import COLOURS, QUESTIONS, SHAPES, picture_batch
 from qwen2vl_base import SYSTEM, make_config, make_generation_config, make_tokenizer, save_base
@@ -90,7 +91,7 @@ def text_loss(model: Qwen2VLForConditionalGeneration, batch: TextBatch, generato
 
 @torch.inference_mode()
 def murmur_error_rate(training: Training, sentences: list[str]) -> float:
-    """WER of the model's answers to murmurs of unseen sentences."""
+    """WER of the model's answers to murmurs of ``sentences``."""
     rng, tasks, model = Random(f"{training.seed}/murmur"), training.tasks, training.model
     answers = []
     for text in sentences:
@@ -130,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "qwen2_vl")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-qwen2-vl")
-    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--steps", type=int, default=2_400)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,8 @@ def main() -> None:
     unseen = held_out_sentences(arguments.seed)
     print(f"unseen sentences: {language_loss(training, unseen):.3f} nats a token as plain text")
     print(f"unseen sentences, murmured: WER {murmur_error_rate(training, unseen):.2%}")
+    rows = [draw_row(DIGITS, Random(f"{arguments.seed}/row/{i}"), unseen) for i in range(100)]
+    print(f"rows of digits, murmured: WER {murmur_error_rate(training, rows):.2%}")
     print(f"unseen pictures named exactly: {picture_accuracy(training):.0%}")
 
 
