@@ -137,6 +137,7 @@ class Run(Settings):
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder layer
     start_timeout_s: Rate = 300  # for all ranks to come
+    patience_s: Rate = 60  # a rank that keeps the others waiting longer than this is named
     timeout_s: Rate = 600  # a collective that waits longer than this ends the run
 
 

@@ -4,7 +4,7 @@
     metrics.jsonl  tensorboard/  utterances.jsonl            what happened
     checkpoints/step-00000120/                               projector.safetensors  adapter/  optimizer.safetensors
                                                              state.json  files.json
-    checkpoints/best.json                                    {"1": 120, "2": 480}: the best step of each stage
+    checkpoints/evaluations.json                             {"1": {"120": 0.04}}: WER by stage and step
     eval/<split>/summary.json  hypotheses.jsonl
 
 A checkpoint is written under a temporary name, synced and renamed; ``files.json`` holds the digest of every file, so
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-STATE_FILE, FILES_FILE, BEST_FILE = "state.json", "files.json", "best.json"
+STATE_FILE, FILES_FILE, EVALUATIONS_FILE = "state.json", "files.json", "evaluations.json"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -39,10 +39,21 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match and (folder / match[0] / FILES_FILE).is_file())
 
 
+def read_evaluations(run_dir: Path) -> dict[int, dict[int, float]]:
+    """Word error rates of the evaluations that were finished: stage -> step -> WER."""
+    path = run_dir / "checkpoints" / EVALUATIONS_FILE
+    stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {int(stage): {int(step): wer for step, wer in wers.items()} for stage, wers in stages.items()}
+
+
 def best_steps(run_dir: Path) -> dict[int, int]:
-    """Best step of each stage, by word error rate."""
-    path = run_dir / "checkpoints" / BEST_FILE
-    return {int(stage): step for stage, step in json.loads(path.read_text()).items()} if path.is_file() else {}
+    """The step of lowest word error rate of each stage, among those that have a whole checkpoint."""
+    whole, best = set(checkpoint_steps(run_dir)), {}
+    for stage, wers in read_evaluations(run_dir).items():
+        scored = [(wer, step) for step, wer in wers.items() if step in whole]
+        if scored:
+            best[stage] = min(scored)[1]
+    return best
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -54,11 +65,11 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / FILES_FILE).is_file():
         return path
-    best, steps = best_steps(path), checkpoint_steps(path)
-    candidates = [step_folder(path, best[stage]) for stage in sorted(best, reverse=True) if best[stage] in steps]
-    if candidates:  # one of each stage; of equals the later stage's
-        return min(candidates, key=lambda folder: read_state(folder).get("best_wer") or 0.0)
-    if steps:
+    best, evaluations = best_steps(path), read_evaluations(path)
+    if best:  # one of each stage; of equals the later stage's
+        stage = min(best, key=lambda stage: (evaluations[stage][best[stage]], -stage))
+        return step_folder(path, best[stage])
+    if steps := checkpoint_steps(path):
         return step_folder(path, steps[-1])
     looked = f"{path / FILES_FILE} and {path / 'checkpoints' / 'step-*' / FILES_FILE}"
     what = "holds no whole checkpoint" if path.is_dir() else "does not exist"

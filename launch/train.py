@@ -22,6 +22,7 @@ from graft.data.audio import load_audio
 from graft.data.manifest import read_manifest
 from graft.data.prompt import PromptTemplate
 from graft.evaluation.evaluate import evaluate
+from graft.evaluation.transcribe import Interrupted
 from graft.lengths import SAMPLE_RATE
 from graft.model.assemble import Assembled, assemble
 from graft.model.trainable import describe, select_trainable
@@ -35,8 +36,10 @@ from graft.train.claim import beginning, claim, dress, settings_that_matter, ver
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.feed import Feed
 from graft.train.guard import check_alike, inputs_of
+from graft.train.heartbeat import Heartbeat
 from graft.train.loop import Evaluate, Loop
 from graft.train.meter import StepMeter, flops_per_token
+from graft.train.stopping import StopRequest
 
 LOG = logging.getLogger("graft.train")
 NUM_CLIPS = 3  # to listen to in TensorBoard
@@ -44,17 +47,19 @@ NUM_CLIPS = 3  # to listen to in TensorBoard
 
 def main(arguments: argparse.Namespace) -> int:
     """Train one stage; returns the exit code."""
+    stop_request = StopRequest(exit_code=command.STOPPED)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     ranks = start_process_group(recipe.run.timeout_s, recipe.run.start_timeout_s)
     try:
-        return train(recipe, arguments.stage, arguments.start_from, ranks)
+        with Heartbeat(ranks, stop_request, recipe.run.patience_s) as heartbeat:
+            return train(recipe, arguments.stage, arguments.start_from, heartbeat)
     finally:
         stop()
 
 
-def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) -> int:
+def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heartbeat) -> int:
     """From a recipe to a trained stage."""
-    run_dir, stage = Path(recipe.run.dir), recipe.stage(number)
+    run_dir, stage, ranks = Path(recipe.run.dir), recipe.stage(number), heartbeat.ranks
     ds_config = resolve_ds_config(recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json", stage)
     position, checkpoint, resumed = begin(recipe, number, start_from, ds_config, ranks)
     graft, rates = build(recipe, number, checkpoint, ranks)
@@ -80,12 +85,12 @@ def train(recipe: Recipe, number: int, start_from: Path | None, ranks: Ranks) ->
         engine,
         feed,
         Checkpoints(run_dir, ranks, recipe.run.keep_checkpoints, about),
-        evaluation(recipe, graft, sources, template, ranks, tracker),
+        evaluation(recipe, graft, sources, template, tracker, heartbeat),
         tracker,
         recipe,
         stage,
-        ranks,
         StepMeter(ranks, engine.device, flops_per_token(graft.model)),
+        heartbeat,
     )
     complete = loop.run(position)
     tracker.close()
@@ -151,23 +156,36 @@ def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, fe
 
 
 def evaluation(
-    recipe: Recipe, graft: Assembled, sources: Sources, template: PromptTemplate, ranks: Ranks, tracker: NullTracker
+    recipe: Recipe,
+    graft: Assembled,
+    sources: Sources,
+    template: PromptTemplate,
+    tracker: NullTracker,
+    heartbeat: Heartbeat,
 ) -> Evaluate:
     """What the loop calls to know how well the model transcribes."""
-    source = sources.open(recipe.evaluation.split)
+    source, ranks = sources.open(recipe.evaluation.split), heartbeat.ranks
 
-    def run(step: int) -> dict[str, float]:
-        scored = evaluate(
-            graft.model,
-            source,
-            template,
-            ranks,
-            settings=recipe.evaluation,
-            device=ranks.device(),
-            precision=recipe.run.precision,
-            max_utterances=recipe.evaluation.max_utterances,
-            swapped=True,
-        )
+    def go_on() -> bool:
+        heartbeat.heart.works("evaluating")
+        return not heartbeat.stop.asked
+
+    def run(step: int) -> dict[str, float] | None:
+        try:
+            scored = evaluate(
+                graft.model,
+                source,
+                template,
+                ranks,
+                settings=recipe.evaluation,
+                device=ranks.device(),
+                precision=recipe.run.precision,
+                max_utterances=recipe.evaluation.max_utterances,
+                swapped=True,
+                go_on=go_on,
+            )
+        except Interrupted:
+            return None
         tracker.table(step, "eval/transcripts", scored.rows(most=10))
         return scored.tags()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from graft.run_dir import (
+    best_steps,
     check_encoder,
     checkpoint_steps,
     find_checkpoint,
@@ -16,11 +17,11 @@ from graft.run_dir import (
 )
 
 
-def make(run_dir: Path, step: int, wer: float = 0.5) -> Path:
+def make(run_dir: Path, step: int) -> Path:
     with whole_folder(step_folder(run_dir, step)) as folder:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "weights").write_bytes(b"w" * step)
-        (folder / "state.json").write_text(json.dumps({"best_wer": wer}))
+        (folder / "state.json").write_text("{}")
     return step_folder(run_dir, step)
 
 
@@ -50,14 +51,21 @@ def test_what_a_kill_leaves_does_not_count(tmp_path: Path) -> None:
 
 
 def test_the_best_by_wer_else_the_newest(tmp_path: Path) -> None:
-    for step, wer in ((3, 0.25), (5, 0.125), (11, 0.5)):
-        make(tmp_path, step, wer)
+    for step in (3, 5, 11):
+        make(tmp_path, step)
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 11)
-    write_whole(tmp_path / "checkpoints" / "best.json", '{"1": 3, "2": 5}')
+    evaluated(tmp_path, {1: {3: 0.25, 4: 0.01}, 2: {5: 0.125, 11: 0.5}})
+    assert best_steps(tmp_path) == {1: 3, 2: 5}  # the checkpoint of step 4 is gone
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 5)
-    write_whole(tmp_path / "checkpoints" / "best.json", '{"1": 3, "2": 11}')
+    evaluated(tmp_path, {1: {3: 0.25}, 2: {11: 0.5}})
     assert find_checkpoint(tmp_path) == step_folder(tmp_path, 3)  # the second stage made it worse
+    evaluated(tmp_path, {1: {3: 0.25}, 2: {11: 0.25}})
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 11)  # of equals the later stage's
     assert find_checkpoint(step_folder(tmp_path, 3)) == step_folder(tmp_path, 3)
+
+
+def evaluated(run_dir: Path, wers: dict[int, dict[int, float]]) -> None:
+    write_whole(run_dir / "checkpoints" / "evaluations.json", json.dumps(wers))
 
 
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:

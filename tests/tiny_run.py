@@ -40,7 +40,7 @@ def tiny_run(folder: Path, **sections: Any) -> Path:
     write_whole(run_dir / "recipe.yaml", made.as_yaml())
     for step in (BEST_STEP, 6):
         write_checkpoint(run_dir, made, step)
-    write_whole(run_dir / "checkpoints" / "best.json", json.dumps({"1": BEST_STEP}))
+    write_whole(run_dir / "checkpoints" / "evaluations.json", json.dumps({"1": {str(BEST_STEP): 0.25}}))
     return run_dir
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from graft.data.loader import Entry, FeatureSource
 from graft.data.prompt import PromptTemplate
 from graft.data.text import normalize
 from graft.evaluation.listening import SwappedSource, swapped_partners
-from graft.evaluation.transcribe import GraftTranscriber, Hypothesis, Share, Transcriber, transcribe
+from graft.evaluation.transcribe import GraftTranscriber, Hypothesis, Interrupted, Share, Transcriber, transcribe
 from graft.evaluation.wer import ErrorCounts, confidence_interval, score, score_each
 from graft.ranks import Ranks
 from graft.recipe import Evaluation as Settings
@@ -76,15 +76,18 @@ def evaluate(
     swapped: bool = True,
     max_utterances: int | None = None,
     label: str = "evaluation",
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Evaluation:
     """Loss, WER and CER of ``model`` on ``source``, and both once more with swapped audio. Every rank must call.
 
     Args:
         max_utterances: score this many, evenly chosen and always the same; None: all.
         label: names the progress line.
+        go_on: asked before each batch, on each rank by itself.
 
     Raises:
         ValueError: on every rank, if there is nothing to score, or if ``swapped`` and all texts are the same.
+        Interrupted: on every rank, if ``go_on`` said no on any.
     """
     if max_utterances is not None and max_utterances < len(source.entries):
         source = Subset(source, spread(len(source.entries), max_utterances))
@@ -98,25 +101,36 @@ def evaluate(
         )
         for each in sources
     ]
-    evaluation = score_transcriber(listeners[0], ranks, settings, label=label)
+    evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on)
     for listener in listeners[1:]:
-        with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio")
+        with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio", go_on=go_on)
         evaluation = beside(evaluation, with_others, "swapped")
         gap = evaluation.summary["wer_swapped"] - evaluation.summary["wer"]
         evaluation.summary["listens"] = gap >= settings.listening_gap
     return evaluation
 
 
-def score_transcriber(transcriber: Transcriber, ranks: Ranks, settings: Settings, *, label: str) -> Evaluation:
+def score_transcriber(
+    transcriber: Transcriber,
+    ranks: Ranks,
+    settings: Settings,
+    *,
+    label: str,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Evaluation:
     """Transcribe on all ranks and score. Every rank must call; an error on one is raised on all.
 
     Raises:
         ValueError: if there is nothing to score.
+        Interrupted: as :func:`evaluate`.
     """
     if not transcriber.entries:
         raise ValueError(f"{label}: there are no utterances to score")
     started = time.perf_counter()
-    share = ranks.together(lambda: transcribe(transcriber, ranks, batch_size=settings.batch_size, label=label))
+    batch_size = settings.batch_size
+    share = ranks.together(lambda: transcribe(transcriber, ranks, batch_size=batch_size, label=label, go_on=go_on))
+    if not all(ranks.gather(share.is_whole)):
+        raise Interrupted(f"{label}: asked to leave")
     hypotheses = gathered(share.hypotheses, len(transcriber.entries), ranks)
     loss, num_label_tokens = ranks.sum([share.loss, share.num_label_tokens])
     seconds = max(ranks.gather(time.perf_counter() - started))

@@ -9,7 +9,7 @@ B: utterances of a batch    T: positions    F: encoder frames    D: numbers per 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,11 @@ class Share:
     hypotheses: list[Hypothesis]
     loss: float
     num_label_tokens: int
+    is_whole: bool = True
+
+
+class Interrupted(Exception):
+    """Some rank was asked to leave before its share was done; raised on every rank."""
 
 
 class Transcriber(Protocol):
@@ -104,10 +109,13 @@ class GraftTranscriber:
         return float(summed), batch.num_label_tokens
 
 
-def transcribe(transcriber: Transcriber, ranks: Ranks, *, batch_size: int, label: str) -> Share:
+def transcribe(
+    transcriber: Transcriber, ranks: Ranks, *, batch_size: int, label: str, go_on: Callable[[], bool] = lambda: True
+) -> Share:
     """Transcribe this rank's share of ``transcriber.entries``, longest utterances first.
 
-    Whoever calls puts the shares together; ``label`` names the progress line.
+    Whoever calls puts the shares together; ``label`` names the progress line. ``go_on`` is asked before each batch;
+    where it says no, the share is what was done until then.
     """
     lengths = [entry.num_frames for entry in transcriber.entries]
     mine = rank_share(lengths, ranks)
@@ -119,6 +127,8 @@ def transcribe(transcriber: Transcriber, ranks: Ranks, *, batch_size: int, label
         Prefetcher(transcriber.read, batches) as ready,
     ):
         for indices, batch in zip(batches, ready, strict=True):
+            if not go_on():
+                return Share(hypotheses, loss, num_label_tokens, is_whole=False)
             answers = transcriber.answer(batch)
             hypotheses += map(Hypothesis, indices, answers.texts, answers.finished)
             loss += answers.loss

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from graft.model.assemble import save_trained
 from graft.ranks import Ranks
 from graft.run_dir import (
-    BEST_FILE,
+    EVALUATIONS_FILE,
     STATE_FILE,
     best_steps,
     checkpoint_steps,
+    read_evaluations,
     read_state,
     step_folder,
     verify_checkpoint,
@@ -46,7 +47,6 @@ class Position:
     step: int
     first_step: int
     num_updates: int = 0
-    best_wer: float | None = None
 
     @property
     def stage_step(self) -> int:
@@ -60,6 +60,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, ranks: Ranks, keep: int, about: dict[str, Any]) -> None:
         """``about`` goes into every ``state.json``: what the checkpoint belongs to."""
         self.run_dir, self.ranks, self.keep, self.about = run_dir, ranks, keep, about
+        self._evaluations = ranks.gather(ranks.by_first(lambda: read_evaluations(run_dir)))[0]
 
     def save(self, engine: Engine, position: Position) -> Path:
         """Write the checkpoint of ``position``; the oldest ones go when it is there.
@@ -72,11 +73,26 @@ class Checkpoints:
         self.ranks.by_first(lambda: self._write(folder, engine, position, moments))
         return folder
 
-    def mark_best(self, position: Position) -> None:
-        """Remember ``position`` as its stage's best."""
-        if self.ranks.is_first:
-            best = best_steps(self.run_dir) | {position.stage: position.step}
-            write_whole(self.run_dir / "checkpoints" / BEST_FILE, json.dumps(best) + "\n")
+    def is_evaluated(self, position: Position) -> bool:
+        """Whether the evaluation of ``position`` was finished; the same on every rank."""
+        return position.step in self._evaluations.get(position.stage, {})
+
+    def note_evaluation(self, position: Position, wer: float) -> None:
+        """Remember that ``position`` was evaluated, and with which word error rate."""
+        self._evaluations.setdefault(position.stage, {})[position.step] = wer
+        self._write_evaluations()
+
+    def forget_evaluations_after(self, position: Position) -> None:
+        """Their steps will be taken again."""
+        of_stage = self._evaluations.get(position.stage, {})
+        kept = {step: wer for step, wer in of_stage.items() if step <= position.step}
+        if kept != of_stage:
+            self._evaluations[position.stage] = kept
+            self._write_evaluations()
+
+    def _write_evaluations(self) -> None:
+        path = self.run_dir / "checkpoints" / EVALUATIONS_FILE
+        self.ranks.by_first(lambda: write_whole(path, json.dumps(self._evaluations, indent=2) + "\n"))
 
     def _write(self, folder: Path, engine: Engine, position: Position, moments: dict[str, torch.Tensor]) -> None:
         with whole_folder(folder) as temporary:

@@ -1,4 +1,8 @@
-"""The training loop. It turns once more than there are steps, so the last evaluation and save are written once."""
+"""The training loop. It turns once more than there are steps, so the last evaluation and save are written once.
+
+A step is saved before it is evaluated: whatever happens in the long evaluation, nothing is lost, and a run that was
+stopped in the middle of one begins with it again.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graft.ranks import Ranks
 from graft.recipe import Recipe, Stage
 from graft.tracker import NullTracker
 from graft.train.checkpoint import Checkpoints, Position
 from graft.train.engine import Engine
 from graft.train.feed import Feed, StepInput
+from graft.train.heartbeat import Heartbeat
 from graft.train.meter import Clock, StepMeter, console_line
 from graft.train.schedule import scheduled_share
 from graft.train.step import StepResult, train_step
-from graft.train.stopping import StopRequest
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 5  # steps in a row without a finite gradient
+DEAF = (
+    "the model does not listen: WER is %.1f %% with the right audio and %.1f %% with another utterance's. It writes "
+    "from the text alone: train longer, raise the learning rate or check the data"
+)
 
-Evaluate = Callable[[int], dict[str, float]]  # step -> tags; every rank calls it
+Evaluate = Callable[[int], dict[str, float] | None]
+"""Step -> tags, or None where a request to stop cut it short. Every rank calls it, and gets the same."""
 
 
 @dataclass
@@ -35,23 +43,24 @@ class Loop:
     tracker: NullTracker
     recipe: Recipe
     stage: Stage
-    ranks: Ranks
     meter: StepMeter
+    heartbeat: Heartbeat
 
     def run(self, position: Position) -> bool:
         """Train; returns whether the stage is complete (else it was stopped, with a checkpoint saved)."""
         last_step = position.first_step + self.stage.max_steps
         start, self._skipped = position.step, 0
-        self._clock, stop = Clock(start, last_step), StopRequest()
+        self._clock = Clock(start, last_step)
+        self.checkpoints.forget_evaluations_after(position)
+        self.heartbeat.stop.gently()
         steps = self.feed.steps(position.stage_step, self.stage.max_steps)
         try:
             while True:
-                stopping = self._stops(position, start, stop)
-                if position.step > start:
-                    with self.meter.pause():
-                        self._evaluate_and_save(position, last_step, stopping)
-                if position.step == last_step or stopping:
-                    return position.step == last_step
+                with self.meter.pause():
+                    stopped = self._save_and_evaluate(position, start, last_step)
+                if stopped or position.step == last_step:
+                    return not stopped
+                self.heartbeat.heart.works(f"reading step {position.step + 1}")
                 waiting = time.perf_counter()
                 inputs = next(steps)
                 waited_s = time.perf_counter() - waiting
@@ -63,12 +72,16 @@ class Loop:
             steps.close()
 
     def _step(self, inputs: StepInput, position: Position) -> StepResult:
-        (num_label_tokens,) = self.ranks.sum([inputs.num_label_tokens])
+        self.heartbeat.heart.waits(f"step {position.step + 1} read")
+        (num_label_tokens,) = self.heartbeat.ranks.sum([inputs.num_label_tokens])
+        self.heartbeat.heart.works(f"computing step {position.step + 1}")
         share = self._share_of_peak(position.stage_step)
         first_seed = (self.recipe.run.seed << 40) + (position.step << 16)
         seeds = [first_seed + number for number in inputs.numbers]  # of a micro-batch, on whatever rank it is
         precision = self.recipe.run.precision
-        result = train_step(self.engine, inputs.micro_batches, seeds, int(num_label_tokens), share, precision)
+        result = train_step(
+            self.engine, inputs.micro_batches, seeds, int(num_label_tokens), share, precision, self.heartbeat.heart
+        )
         position.step += 1
         if self.recipe.run.log_utterances:
             self.tracker.utterances(position.step, inputs.ids)
@@ -80,32 +93,37 @@ class Loop:
             raise RuntimeError(f"{MAX_SKIPPED} steps in a row without a finite gradient; the last: {inputs.ids[:20]}")
         return result
 
-    def _evaluate_and_save(self, position: Position, last_step: int, stopping: bool) -> None:
-        ended, improved = position.step == last_step, False
-        if position.stage_step % self.recipe.evaluation.every == 0 or ended:
-            improved = self._evaluate(position)
-        if improved or ended or stopping or position.stage_step % self.recipe.run.checkpoint_every == 0:
-            folder = self.checkpoints.save(self.engine, position)
-            LOG.info("saved %s", folder)
-        if improved:
-            self.checkpoints.mark_best(position)
+    def _save_and_evaluate(self, position: Position, start: int, last_step: int) -> bool:
+        """What is due between two steps; returns whether the run stops here."""
+        ended, every = position.step == last_step, self.recipe.evaluation.every
+        is_due = position.stage_step > 0 and (position.stage_step % every == 0 or ended)
+        is_due = is_due and not self.checkpoints.is_evaluated(position)
+        stopping = self._stops(position, start) and (is_due or not ended)
+        saves = is_due or ended or stopping or position.stage_step % self.recipe.run.checkpoint_every == 0
+        if saves and position.step > start:
+            self._save(position)
+        if is_due and not stopping:
+            stopping = not self._evaluate(position)
+        return stopping
+
+    def _save(self, position: Position) -> None:
+        heart = self.heartbeat.heart  # rank 0 writes, the others wait for it
+        (heart.works if self.heartbeat.ranks.is_first else heart.waits)(f"saving step {position.step}")
+        LOG.info("saved %s", self.checkpoints.save(self.engine, position))
 
     def _evaluate(self, position: Position) -> bool:
+        """Evaluate and write it down; returns False where a request to stop cut it short."""
         scalars = self.evaluate(position.step)
+        if scalars is None:
+            return False
         self.tracker.scalars(position.step, scalars)
         told = "  ".join(f"{tag.removeprefix('eval/')} {value:.4f}" for tag, value in scalars.items())
         LOG.info("evaluation at step %d: %s", position.step, told)
         wer, swapped = scalars["eval/wer"], scalars.get("eval/wer_swapped")
         if swapped is not None and swapped - wer < self.recipe.evaluation.listening_gap:
-            LOG.warning(
-                "the model does not listen: WER is %.1f %% with the right audio and %.1f %% with another "
-                "utterance's. It writes from the text alone: train longer, raise the learning rate or check the data",
-                100 * wer,
-                100 * swapped,
-            )
-        improved = position.best_wer is None or wer < position.best_wer
-        position.best_wer = wer if improved else position.best_wer
-        return improved
+            LOG.warning(DEAF, 100 * wer, 100 * swapped)
+        self.checkpoints.note_evaluation(position, wer)
+        return True
 
     def _log(self, position: Position, inputs: StepInput, result: StepResult, last_step: int) -> None:
         rate = self.stage.learning_rate * self._share_of_peak(position.stage_step - 1)
@@ -122,7 +140,8 @@ class Loop:
             min_lr_ratio=schedule.min_lr_ratio,
         )
 
-    def _stops(self, position: Position, start: int, stop: StopRequest) -> bool:
+    def _stops(self, position: Position, start: int) -> bool:
         """Whether any rank was asked to stop; all ranks answer alike."""
-        (asked,) = self.ranks.sum([stop.asked])
+        self.heartbeat.heart.waits(f"step {position.step} done")
+        (asked,) = self.heartbeat.ranks.sum([self.heartbeat.stop.asked])
         return asked > 0 or position.step - start == self.recipe.run.stop_after

@@ -14,6 +14,7 @@ import torch
 
 from graft.data.collate import Batch
 from graft.train.engine import Engine
+from graft.train.heartbeat import Heart
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def train_step(
     num_label_tokens: int,
     share_of_peak: float,
     precision: str,
+    heart: Heart | None = None,
 ) -> StepResult:
     """Forward and backward of this rank's micro-batches, one reduction, one update.
 
@@ -41,6 +43,7 @@ def train_step(
         num_label_tokens: label positions of the whole step, over all ranks.
         share_of_peak: learning rate as a share of its peak.
         precision: 'bf16' runs the forward pass under autocast.
+        heart: is told when this rank has done its part.
     """
     assert num_label_tokens > 0, "a step without a label has no loss"
     shares = []
@@ -52,5 +55,7 @@ def train_step(
                 loss = engine(**inputs, num_items_in_batch=num_label_tokens, use_cache=False).loss
             engine.backward(loss * engine.ranks.world_size)  # ZeRO averages over ranks; here they must add up
             shares.append(loss.detach())
+        if heart:
+            heart.waits("gradients made")
     grad_norm, applied = engine.step(share_of_peak)
     return StepResult(torch.stack(shares).sum(), grad_norm, applied)

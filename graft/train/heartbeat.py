@@ -1,0 +1,157 @@
+"""Who keeps the others waiting: every rank tells where it is, and a silent one is named before a collective gives up.
+
+A collective that waits for a rank says nothing until it times out, and then names nobody. Here each rank's pulse goes
+through the store in which the ranks met, beside the collectives. Rank 0 listens to all others and rank 1 to rank 0.
+The same way a request to stop reaches every rank, also those that are in the middle of an evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from graft.ranks import Ranks
+from graft.train.stopping import StopRequest
+
+LOG = logging.getLogger(__name__)
+BEATS_IN_PATIENCE = 10
+MOST_BETWEEN_BEATS_S = 2.0  # also how long a request to stop is on its way
+STOP_KEY = "graft/stop"
+
+
+@dataclass
+class Heart:
+    """Where a rank is: at work, or in a collective and waiting for the others."""
+
+    place: str = "starting"
+    is_waiting: bool = False
+    moves: int = 0
+
+    def works(self, place: str) -> None:
+        """Say what this rank does now."""
+        self.place, self.is_waiting = place, False
+        self.moves += 1
+
+    def waits(self, place: str) -> None:
+        """Say that this rank has done its part and waits for the others'."""
+        self.place, self.is_waiting = place, True
+        self.moves += 1
+
+
+@dataclass
+class Pulse:
+    """What was last heard of a rank, and since when that has not changed (``time.monotonic``)."""
+
+    host: str
+    place: str
+    is_waiting: bool
+    beat: int
+    moves: int
+    beat_since: float
+    moves_since: float
+
+    def complaint(self, rank: int, now: float, patience_s: float) -> str | None:
+        """What is wrong with this rank, if anything."""
+        silent_s, still_s = now - self.beat_since, now - self.moves_since
+        if silent_s > patience_s:
+            return (
+                f"rank {rank} on {self.host} has not answered for {silent_s:.0f} s: it is stopped, or its node is "
+                f"gone. It was last at '{self.place}'"
+            )
+        if still_s > patience_s and not self.is_waiting:
+            return (
+                f"rank {rank} on {self.host} has been at '{self.place}' for {still_s:.0f} s and the others wait for it"
+            )
+        return None
+
+
+class Heartbeat:
+    """Two threads beside a training: one talks to the store, one looks at what was heard. A context manager.
+
+    The talking one may be stuck with a store that no longer answers; the looking one then says so.
+    """
+
+    def __init__(self, ranks: Ranks, stop: StopRequest, patience_s: float) -> None:
+        self.heart, self.ranks, self.stop, self.patience_s = Heart(), ranks, stop, patience_s
+        self.pulses: dict[int, Pulse] = {}
+        self._interval_s = min(patience_s / BEATS_IN_PATIENCE, MOST_BETWEEN_BEATS_S)
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Heartbeat:
+        if self.ranks.world_size > 1:
+            for work in (self._talk, self._look):
+                threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _talk(self) -> None:
+        try:
+            store = dist.TCPStore(  # a connection of its own: the main thread's may be busy waiting
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                timeout=timedelta(seconds=self.patience_s),
+            )  # fmt: skip
+            beat = 0
+            while not self._ended.wait(self._interval_s):
+                beat += 1
+                store.set(_key(self.ranks.rank), self._said(beat))
+                self._pass_on_stop(store)
+                for rank in self._watched():
+                    if store.check([_key(rank)]):
+                        self._hear(rank, json.loads(store.get(_key(rank))))
+        except (dist.DistError, RuntimeError):  # rank 0 has ended: the collectives tell that by themselves
+            return
+
+    def _watched(self) -> list[int]:
+        """The ranks whose pulse this one listens to."""
+        return {0: list(range(1, self.ranks.world_size)), 1: [0]}.get(self.ranks.rank, [])
+
+    def _said(self, beat: int) -> str:
+        heart = self.heart
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "place": heart.place,
+                "is_waiting": heart.is_waiting,
+                "beat": beat,
+                "moves": heart.moves,
+            }
+        )
+
+    def _pass_on_stop(self, store: dist.Store) -> None:
+        if self.stop.asked:
+            store.set(STOP_KEY, "")
+        elif store.check([STOP_KEY]):
+            self.stop.ask()
+
+    def _hear(self, rank: int, said: dict[str, Any]) -> None:
+        now, before = time.monotonic(), self.pulses.get(rank)
+        beat_since = before.beat_since if before and before.beat == said["beat"] else now
+        moves_since = before.moves_since if before and before.moves == said["moves"] else now
+        self.pulses[rank] = Pulse(**said, beat_since=beat_since, moves_since=moves_since)
+
+    def _look(self) -> None:
+        complained: set[int] = set()
+        while not self._ended.wait(self._interval_s):
+            now = time.monotonic()
+            for rank, pulse in list(self.pulses.items()):
+                complaint = pulse.complaint(rank, now, self.patience_s)
+                if complaint and rank not in complained:
+                    LOG.error("%s", complaint)
+                if not complaint and rank in complained:
+                    LOG.error("rank %d goes on", rank)
+                (complained.add if complaint else complained.discard)(rank)
+
+
+def _key(rank: int) -> str:
+    return f"graft/pulse/{rank}"

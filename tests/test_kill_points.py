@@ -1,0 +1,165 @@
+"""A training that is killed a hundred times, and one that is disturbed for half an hour: both end as if nothing was.
+
+These take long and are no part of ``make test``: ``make faults`` runs them. GRAFT_KILLS and GRAFT_SOAK_MINUTES make
+them shorter or longer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from background import TRAIN, Training
+from conftest import ROOT, Command
+
+from corpus import RECIPE, few_utterances, losses, utterances
+from graft.run_dir import checkpoint_steps, step_folder
+from graft.train.checkpoint import newest
+
+PRECOMPUTE = ROOT / "shards" / "precompute.py"
+WITH_FAULT = ROOT / "tests" / "programs" / "train_with_fault.py"
+KILLS, SOAK_MINUTES = int(os.environ.get("GRAFT_KILLS", 100)), float(os.environ.get("GRAFT_SOAK_MINUTES", 30))
+POINTS = {"forward": 40, "backward": 40, "step": 12, "save": 40, "evaluation": 1500, "loader": 10}  # longest delay, ms
+KILL_STEPS, SAVE_EVERY, MOST_CALLS = 8 * KILLS, 2, 6
+SOAK_STEPS = round(80 * SOAK_MINUTES)
+QUICK = [
+    "stage1.micro_batches=2",
+    "run.log_every=1",
+    "run.log_utterances=true",
+    "evaluation.max_utterances=2",
+    "evaluation.max_new_tokens=2",
+]
+OFTEN = [
+    f"stage1.max_steps={KILL_STEPS}",
+    "stage1.global_batch_size=4",
+    f"run.checkpoint_every={SAVE_EVERY}",
+    "evaluation.every=4",
+]
+LONG = [
+    f"stage1.max_steps={SOAK_STEPS}",
+    "stage1.global_batch_size=24",
+    "run.checkpoint_every=10",
+    "evaluation.every=50",
+]
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, run_launcher: Command) -> list[str]:
+    """The command line's end: a small data set, its shards made, a stage that saves often."""
+    settings = few_utterances(tmp_path_factory.mktemp("data"), train=40, valid=4)
+    run_launcher(PRECOMPUTE, RECIPE, *settings, "--split", "train", "--split", "valid", timeout_s=400)
+    return [*settings, *QUICK]
+
+
+def undisturbed(words: list[str], folder: Path, run_launcher: Command) -> Path:
+    """The run that the disturbed one is compared with; it keeps every checkpoint."""
+    line = [TRAIN, RECIPE, "--stage", "1", *words, "run.keep_checkpoints=100000", f"run.dir={folder / 'straight'}"]
+    run_launcher(*line, timeout_s=2 * 3600)
+    return folder / "straight"
+
+
+def assert_same_checkpoint(run_dir: Path, straight: Path, step: int) -> None:
+    """Weights and moments, to the last bit."""
+    for name in ("projector.safetensors", "optimizer.safetensors"):
+        ours, theirs = (step_folder(folder, step) / name for folder in (run_dir, straight))
+        assert ours.read_bytes() == theirs.read_bytes(), f"{name} of step {step} differs"
+
+
+def assert_same_end(run_dir: Path, straight: Path, words: list[str], run_launcher: Command) -> None:
+    """The same command once more, undisturbed; then everything is as it is in the straight run."""
+    run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", timeout_s=2 * 3600)
+    assert_same_checkpoint(run_dir, straight, checkpoint_steps(straight)[-1])
+    assert utterances(run_dir) == utterances(straight) and losses(run_dir) == losses(straight)
+
+
+def test_kill_points(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    """Each kill leaves a checkpoint of the undisturbed run, and in the end its weights, losses and utterances."""
+    words = [*words, *OFTEN]
+    straight = undisturbed(words, tmp_path, run_launcher)
+    rng, run_dir, killed = Random(1), tmp_path / "run", dict.fromkeys(POINTS, 0)
+    while sum(killed.values()) < KILLS:
+        point = rng.choice(list(POINTS))
+        rank = 0 if point == "save" else rng.randrange(2)
+        fault = f"{point}:{rng.randint(1, MOST_CALLS)}:{rank}:{rng.randint(0, POINTS[point])}"
+        training = Training(words, run_dir, [str(WITH_FAULT), fault])
+        code = training.wait(timeout_s=600)
+        assert code != 0, f"{fault} killed nobody:\n{training.log.read_text()[-3000:]}"
+        killed[point] += 1
+        found = newest(run_dir, 1)
+        if found:
+            assert_same_checkpoint(run_dir, straight, int(found.name.removeprefix("step-")))
+        print(f"{sum(killed.values())} of {KILLS}: {fault}, left with {found and found.name}", flush=True)
+    print(f"killed {killed}; at step {checkpoint_steps(run_dir)[-1]} of {KILL_STEPS}")
+    assert_same_end(run_dir, straight, words, run_launcher)
+
+
+def faults(rng: Random) -> Iterator[str]:
+    """What happens next, at random."""
+    while True:
+        yield rng.choice(
+            ["kill a rank", "kill the launcher", "ask a rank", "ask all", "halt a rank", "damage the newest"]
+        )
+
+
+def disturb(training: Training, fault: str, rng: Random) -> None:
+    """Do it; a process that has ended meanwhile is disturbed enough."""
+    ranks = training.ranks()
+    try:
+        if fault == "kill a rank":
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+        elif fault == "kill the launcher":
+            os.kill(training.launcher(), signal.SIGKILL)
+        elif fault == "ask a rank":
+            os.kill(rng.choice(ranks), signal.SIGTERM)
+        elif fault == "ask all":
+            os.killpg(training.process.pid, signal.SIGTERM)
+        elif fault == "halt a rank":
+            halted = rng.choice(ranks)
+            os.kill(halted, signal.SIGSTOP)
+            time.sleep(rng.uniform(0.5, 3))
+            os.kill(halted, signal.SIGCONT)
+        else:
+            damage(training.run_dir, rng)
+    except (ProcessLookupError, IndexError, ValueError):
+        return
+
+
+def damage(run_dir: Path, rng: Random) -> None:
+    """Flip a bit of the newest checkpoint; whoever goes on next must take the one before."""
+    steps = checkpoint_steps(run_dir)
+    if len(steps) < 2:
+        return
+    file = step_folder(run_dir, steps[-1]) / rng.choice(["projector.safetensors", "optimizer.safetensors"])
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def test_soak(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    """A fault every 20 to 60 seconds, and the same command again whenever the run has ended."""
+    words = [*words, *LONG]
+    straight = undisturbed(words, tmp_path, run_launcher)
+    rng, run_dir, counts = Random(2), tmp_path / "run", {}
+    training, until = Training(words, run_dir), time.monotonic() + 60 * SOAK_MINUTES
+    for fault in faults(rng):
+        if time.monotonic() > until:
+            break
+        quiet_until = time.monotonic() + rng.uniform(20, 60)
+        while time.monotonic() < quiet_until:
+            if training.process.poll() is not None:
+                training.wait()
+                training = Training(words, run_dir)
+            time.sleep(0.2)
+        disturb(training, fault, rng)
+        counts[fault] = counts.get(fault, 0) + 1
+        print(f"{fault}; checkpoints {checkpoint_steps(run_dir)[-2:]}", flush=True)
+    training.end()
+    print(f"faults: {counts}; at step {checkpoint_steps(run_dir)[-1]} of {SOAK_STEPS}")
+    assert_same_end(run_dir, straight, words, run_launcher)
