@@ -21,7 +21,7 @@ test: $(STAMP)
 	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(STAMP)
-	@$(RUN) python -m pytest -m faults $(ARGS)
+	@$(RUN) python -m pytest -m "faults or soak" -s $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) ruff check .

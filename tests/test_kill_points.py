@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -100,14 +99,6 @@ def test_kill_points(words: list[str], run_launcher: Command, tmp_path: Path) ->
     assert_same_end(run_dir, straight, words, run_launcher)
 
 
-def faults(rng: Random) -> Iterator[str]:
-    """What happens next, at random."""
-    while True:
-        yield rng.choice(
-            ["kill a rank", "kill the launcher", "ask a rank", "ask all", "halt a rank", "damage the newest"]
-        )
-
-
 def disturb(training: Training, fault: str, rng: Random) -> None:
     """Do it; a process that has ended meanwhile is disturbed enough."""
     ranks = training.ranks()
@@ -148,9 +139,8 @@ def test_soak(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
     straight = undisturbed(words, tmp_path, run_launcher)
     rng, run_dir, counts = Random(2), tmp_path / "run", {}
     training, until = Training(words, run_dir), time.monotonic() + 60 * SOAK_MINUTES
-    for fault in faults(rng):
-        if time.monotonic() > until:
-            break
+    while time.monotonic() < until:
+        fault = rng.choice(FAULTS)
         quiet_until = time.monotonic() + rng.uniform(20, 60)
         while time.monotonic() < quiet_until:
             if training.process.poll() is not None:

@@ -1,6 +1,6 @@
 """launch/train.py with one fault in it: POINT:NUMBER:RANK:DELAY_MS, then the words of launch/train.py.
 
-At the NUMBER-th time that RANK comes to POINT, a timer starts that kills the process after DELAY_MS, wherever it is then.
+At the NUMBER-th time that RANK comes to POINT a timer starts. It kills the process after DELAY_MS, wherever it is then.
 """
 
 import os
