@@ -46,6 +46,8 @@ LONG = [
     "evaluation.every=50",
 ]
 
+FAULTS = ["kill a rank", "kill the launcher", "ask a rank", "ask all", "halt a rank", "damage the newest checkpoint"]
+
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 
 
