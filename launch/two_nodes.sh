@@ -63,6 +63,8 @@ IdentitiesOnly yes
 UserKnownHostsFile $STATE/known_hosts
 StrictHostKeyChecking yes
 BatchMode yes
+ServerAliveInterval 5
+ServerAliveCountMax 3
 LogLevel ERROR
 EOF
     # The launcher and pdsh call plain 'ssh'; -F keeps the user's own ssh settings out of it.

@@ -150,3 +150,45 @@ def test_two_nodes_train_as_one_does(
     assert list(expected) == list(range(1, NUM_STEPS + 1))
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
     assert utterances(tmp_path / "two") == utterances(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_link_that_breaks(settings: list[str], features: Path, run_launcher: Command, tmp_path: Path) -> None:
+    """No packet passes any more, and none says so: both nodes give up in time, and one node goes on alone."""
+    words = [RECIPE, "--stage", "1", *settings, "stage1.max_steps=40", "stage1.global_batch_size=8", "run.log_every=1"]
+    words += ["run.log_utterances=true", "run.checkpoint_every=1", "run.timeout_s=15", "run.patience_s=3"]
+    words += ["evaluation.every=100", "evaluation.max_new_tokens=4"]
+    train, run_dir, log = ROOT / "launch" / "train.py", tmp_path / "two", tmp_path / "log"
+    line = [SCRIPT, "--master_port", str(free_port()), train, *words, f"run.dir={run_dir}"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(word) for word in line], env=subprocess_environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        wait_until(lambda: "step      3/" in log.read_text(), timeout_s=300)
+        (second,) = launchers_with(f"run.dir={run_dir}", "--node_rank=1")
+        subprocess.run(["nsenter", "-t", str(second), "-n", "ip", "link", "set", "eth0", "down"], check=True)
+        assert process.wait(timeout=120) != 0
+        wait_until(lambda: not processes_with(f"run.dir={run_dir}"), timeout_s=60)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert "rank 1 on node2" in log.read_text(), log.read_text()[-3000:]
+    run_launcher(train, *words, f"run.dir={run_dir}", ranks=2, timeout_s=400)
+    run_launcher(train, *words, f"run.dir={tmp_path / 'one'}", ranks=2, timeout_s=400)
+    assert utterances(run_dir) == utterances(tmp_path / "one")
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def launchers_with(word: str, launcher_word: str) -> list[int]:
+    """Process ids of the launchers whose command line holds both words."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if {word.encode(), launcher_word.encode()} <= set(line) and b"-m" in line:
+            found.append(int(folder.name))
+    return found
