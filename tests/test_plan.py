@@ -233,6 +233,12 @@ def test_weights_that_come_out_even(weight: float, epochs: int, expected: int, f
     assert [used[i] for i in range(37)] == [epochs] * 7 + [expected] * 30
 
 
+def test_a_weight_is_the_number_that_is_written() -> None:
+    """In binary, 0.07 x 100 is a little more than 7. Parts of an utterance count as one, so every set is heard."""
+    assert 0.07 * 100 > 7 and Part(100, 0.07).num_uses == 7
+    assert [Part(5, weight).num_uses for weight in (1, 0.5, 0.001, 2.1)] == [5, 3, 1, 11]
+
+
 def test_the_half_of_a_set_is_drawn_from_all_of_it() -> None:
     """Neither the first half of the manifest nor every other line; another seed draws another half."""
     halves = [set(chain.from_iterable(mixture([Part(1000, 0.5)], seed).epoch(0))) for seed in (1, 2)]
