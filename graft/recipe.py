@@ -16,12 +16,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Passes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _as_mixture(value: Any) -> Any:
+    """One split is a mixture of it alone; the order in which splits are written changes nothing."""
+    if isinstance(value, dict) and all(isinstance(split, str) for split in value):
+        return dict(sorted(value.items()))
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+def _as_written(mixture: dict[str, float]) -> str | dict[str, float]:
+    return next(iter(mixture)) if list(mixture.values()) == [1.0] else mixture
+
+
+Mixture = Annotated[
+    dict[str, Passes], Field(min_length=1), BeforeValidator(_as_mixture), PlainSerializer(_as_written)
+]  # split -> passes over it in an epoch
 
 
 class Settings(BaseModel):
@@ -73,7 +98,9 @@ class Data(Settings):
 
     manifests: dict[str, str] = {}  # split -> manifest
     shards: str = "shards/sets/default"  # the set of a split is the folder <shards>/<split>
-    train_split: str = "train"
+    # What is trained on: one split, or {split: weight} of several. A weight is the number of passes over that split in
+    # an epoch: 1 every utterance once, 2 twice, 0.5 half of them and the other half in the next epoch.
+    train_split: Mixture = {"train": 1.0}
     features: Literal["shards", "online"] = "shards"
     samples_per_shard: Positive = 512
     shuffle_pool: Positive = 64  # steps whose utterances are sorted by length together; more: less padding, less chance

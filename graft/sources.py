@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from graft.data.loader import FeatureSource, OnlineSource, ShardSource
+from graft.data.loader import FeatureSource, MixedSource, OnlineSource, ShardSource
 from graft.data.manifest import read_manifest
 from graft.data.shard_format import FeatureSet
 from graft.model.assemble import DTYPES
@@ -54,6 +55,17 @@ class Sources:
             return self.open_manifest(self.recipe.manifest(split))
         expected = self.fingerprint
         return self.ranks.together(lambda: ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected)))
+
+    def open_mixed(self, splits: Collection[str]) -> FeatureSource:
+        """The sources of several splits as one, all of the recipe's encoder; a single split is opened as it is.
+
+        Raises:
+            ValueError: on every rank, if one cannot be used on any, or is empty.
+        """
+        sources = {split: self.open(split) for split in splits}
+        if len(sources) == 1:
+            return next(iter(sources.values()))
+        return self.ranks.together(lambda: MixedSource(sources))
 
     def open_manifest(self, path: Path) -> OnlineSource:
         """The utterances of a manifest, encoded when they are needed."""

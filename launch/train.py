@@ -65,7 +65,8 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
     graft, rates = build(recipe, number, checkpoint, ranks)
     sources = Sources(recipe, ranks, ranks.device())
     template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
-    feed = Feed(sources.open(recipe.data.train_split), template, stage, recipe.data, ranks, recipe.run.seed + number)
+    source = sources.open_mixed(recipe.data.train_split)
+    feed = Feed(source, template, stage, recipe.data, ranks, recipe.run.seed + number)
     if checkpoint:
         check_encoder(checkpoint, sources.fingerprint)
     about = {

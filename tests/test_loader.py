@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.audio import AudioError
-from graft.data.loader import OnlineSource, Prefetcher, ShardSource, read_samples
+from graft.data.loader import MixedSource, OnlineSource, Prefetcher, ShardSource, read_samples
 from graft.data.manifest import Manifest, Utterance
 from graft.data.shard_format import FeatureSet
 from graft.lengths import Window, encoder_frames
@@ -107,6 +107,45 @@ def test_a_set_as_a_source(tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["u4.x", "u0.x", "u2.x"]
     assert all(torch.equal(s.audio_features, features(i)) for s, i in zip(samples, order, strict=True))
     assert samples[0].text == "text 4 é" and samples[0].instruction == "Write."
+
+
+def two_sets(folder: Path) -> dict[str, ShardSource]:
+    """The same ids in both."""
+    return {name: ShardSource(FeatureSet.open(write_set(folder / name))) for name in ("clean", "noisy")}
+
+
+def test_several_sets_as_one(tmp_path: Path) -> None:
+    sets = two_sets(tmp_path)
+    source = MixedSource(sets)
+    assert source.sizes == [5, 5] and len(source.entries) == 10
+    ids = [f"{split}/u{number}.x" for split in ("clean", "noisy") for number in range(5)]
+    assert [entry.id for entry in source.entries] == [source.entries[i].id for i in range(10)] == ids
+    order = [7, 0, 9, 2, 7]
+    samples = read_samples(source, order)
+    assert [sample.id for sample in samples] == [ids[i] for i in order]
+    assert all(torch.equal(s.audio_features, features(i % 5)) for s, i in zip(samples, order, strict=True))
+    assert samples[0].text == "text 2 é" and samples[0].instruction == "Write."
+    assert sets["clean"].entries[0].id == "u0.x", "the sets themselves were changed"
+
+
+@pytest.mark.parametrize("index", [10, -1])
+def test_no_such_utterance_in_a_mixture(tmp_path: Path, index: int) -> None:
+    with pytest.raises(IndexError):
+        MixedSource(two_sets(tmp_path)).entries[index]
+
+
+def test_shards_and_audio_in_one_mixture(tmp_path: Path) -> None:
+    """Each source is asked once, for its own."""
+    online = OnlineSource(manifest(tmp_path, a=0.5, b=0.21), encode, window=WINDOW)
+    source = MixedSource({"heard": online, "stored": two_sets(tmp_path)["clean"]})
+    assert [len(f) for f in source.read_many([3, 1, 2, 0])] == [LENGTHS[1], 11, LENGTHS[0], 25]
+    assert [len(f) for f in source.read_many([4])] == [LENGTHS[2]]
+
+
+def test_an_empty_set_in_a_mixture_is_named(tmp_path: Path) -> None:
+    empty = OnlineSource(Manifest(tmp_path / "m.jsonl", [], [], []), encode, window=WINDOW)
+    with pytest.raises(ValueError, match="no utterances to train on in split 'none'"):
+        MixedSource({**two_sets(tmp_path), "none": empty})
 
 
 def encode(waveforms: list[np.ndarray]) -> list[torch.Tensor]:

@@ -26,8 +26,10 @@ def test_spans_of_zeros_and_the_rest_untouched(num_frames: int, num_masks: int, 
 
 def test_the_key_decides() -> None:
     features = torch.ones(200, 3)
-    same, again, other = (mask_frames(features, 2, 30, key) for key in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
-    assert torch.equal(same, again) and not torch.equal(same, other)
+    keys = [(1, 2, "a", 0), (2, 2, "a", 0), (1, 3, "a", 0), (1, 2, "b", 0), (1, 2, "a", 1)]
+    first, *others = [mask_frames(features, 2, 30, key) for key in keys]
+    assert torch.equal(first, mask_frames(features, 2, 30, keys[0]))
+    assert not any(torch.equal(first, other) for other in others)
 
 
 def test_no_masks() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import chain
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graft.data.plan import (
+    Part,
     Plan,
     _mix,
     check_budget,
@@ -161,6 +165,146 @@ def test_epochs_and_seeds_differ() -> None:
         for epoch in range(3)
     }
     assert len(plans) == 9
+
+
+def test_steps_for_ever() -> None:
+    """One set of weight 1: a run that is resumed with a later version must go on as it began."""
+    plan = Plan([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], seed=7, global_batch_size=4, shuffle_pool=2)
+    assert [plan.step(number) for number in (0, 1, 2, 3, 1000)] == [
+        (0, [2, 4, 8, 5]),
+        (0, [3, 0, 9]),
+        (0, [1, 6, 10, 7]),
+        (1, [1, 3, 9]),
+        (333, [3, 1, 6]),
+    ]
+    assert plan.uses(3) == (1, [(1, 0), (3, 0), (9, 0)])
+
+
+WEIGHTS = st.sampled_from([1, 0.5, 0.1, 0.3, 2, 1.5, 3]) | st.floats(0.01, 4).map(lambda weight: round(weight, 3))
+PARTS = st.lists(st.builds(Part, st.integers(1, 40), WEIGHTS), min_size=1, max_size=4)
+
+
+def mixture(parts: Sequence[Part], seed: int = 3, size: int = 8, pool: int = 4) -> Plan:
+    costs = speech_costs(sum(part.size for part in parts))
+    return Plan(costs, seed=seed, global_batch_size=size, shuffle_pool=pool, parts=parts)
+
+
+def counts_of(uses: Sequence[tuple[int, int]], parts: Sequence[Part]) -> list[list[int]]:
+    """For each part, how often each of its utterances is used."""
+    counted = Counter(utterance for utterance, _ in uses)
+    assert set(counted) <= set(range(sum(part.size for part in parts)))
+    firsts = [sum(part.size for part in parts[:number]) for number in range(len(parts))]
+    return [[counted[first + i] for i in range(part.size)] for first, part in zip(firsts, parts, strict=True)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(PARTS, st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 2**31), st.integers(1, 30), st.integers(1, 9))
+def test_an_epoch_makes_weight_passes_over_each_set(
+    parts: list[Part], first: int, epochs: int, seed: int, size: int, pool: int
+) -> None:
+    """In every epoch, and over any epochs in a row, no utterance of a set is used more than once oftener than another.
+
+    Every use of an epoch stands in exactly one of its steps, and the steps are of equal sizes.
+    """
+    plan, together = mixture(parts, seed, size, pool), []
+    for epoch in range(first, first + epochs):
+        steps = [plan.uses(epoch * plan.steps_per_epoch + position) for position in range(plan.steps_per_epoch)]
+        assert {number for number, _ in steps} == {epoch}
+        sizes = {len(uses) for _, uses in steps}
+        assert 1 <= min(sizes) and max(sizes) <= size and max(sizes) - min(sizes) <= 1
+        uses = [use for _, of_step in steps for use in of_step]
+        assert len(set(uses)) == len(uses), "a pass comes twice for an utterance"
+        for part, counts in zip(parts, counts_of(uses, parts), strict=True):
+            assert sum(counts) == math.ceil(Fraction(str(part.weight)) * part.size)
+            assert math.floor(part.weight) <= min(counts) and max(counts) <= math.ceil(part.weight)
+        together += uses
+        for counts in counts_of(together, parts):
+            assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "epochs", "expected"), [(1, 3, 3), (2, 2, 4), (0.5, 2, 1), (0.5, 6, 3), (0.1, 10, 1), (1.3, 10, 13)]
+)
+@pytest.mark.parametrize("first", [0, 7])
+def test_weights_that_come_out_even(weight: float, epochs: int, expected: int, first: int) -> None:
+    """30 utterances beside 7 others: after so many epochs, wherever one begins, each has been used so often."""
+    plan = mixture([Part(7), Part(30, weight)])
+    used = Counter(chain.from_iterable(i for epoch in range(first, first + epochs) for i in plan.epoch(epoch)))
+    assert [used[i] for i in range(37)] == [epochs] * 7 + [expected] * 30
+
+
+def test_a_weight_is_the_number_that_is_written() -> None:
+    """In binary, 0.07 x 100 is a little more than 7. Parts of an utterance count as one, so every set is heard."""
+    assert 0.07 * 100 > 7 and Part(100, 0.07).num_uses == 7
+    assert [Part(5, weight).num_uses for weight in (1, 0.5, 0.001, 2.1)] == [5, 3, 1, 11]
+
+
+def test_the_half_of_a_set_is_drawn_from_all_of_it() -> None:
+    """Neither the first half of the manifest nor every other line; another seed draws another half."""
+    halves = [set(chain.from_iterable(mixture([Part(1000, 0.5)], seed).epoch(0))) for seed in (1, 2)]
+    for half in halves:
+        assert len(half) == 500
+        assert abs(sum(half) / 500 - 499.5) < 5 * 1000 / (12 * 1000) ** 0.5  # 5 sigma of 500 out of 1000
+        assert abs(sum(i % 2 for i in half) - 250) < 5 * 8
+    assert 200 < len(halves[0] & halves[1]) < 300
+
+
+def test_sets_are_mixed_in_every_step() -> None:
+    """Two uses of 1000 utterances among 4000 others: each step of 60 holds 20 of them, give or take chance."""
+    plan = mixture([Part(4000), Part(1000, 2)], size=60, pool=16)
+    held = [sum(i >= 4000 for i in step) for step in plan.epoch(0)]
+    sigma = (60 * 1 / 3 * 2 / 3) ** 0.5
+    assert sum(held) == 2000 and max(abs(count - 20) for count in held) < 5 * sigma
+    assert 0.7 * sigma < np.std(held) < 1.3 * sigma
+
+
+@settings(deadline=None, max_examples=30)
+@given(PARTS, st.integers(0, 10**7))
+def test_a_mixture_is_entered_anywhere(parts: list[Part], number: int) -> None:
+    plan = mixture(parts)
+    for earlier in range(max(0, number - 2), number):
+        plan.uses(earlier)
+    assert plan.uses(number) == mixture(parts).uses(number)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, BUDGET), min_size=2, max_size=150),
+    WEIGHTS,
+    st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31)),
+    st.integers(1, 20),
+    st.integers(BUDGET, 400),
+    st.integers(1, 8),
+    st.integers(0, 10**6),
+)
+def test_any_world_takes_the_same_steps(
+    costs: list[int],
+    weight: float,
+    plan_of: tuple[int, int, int],
+    micro_batches: int,
+    budget: int,
+    world_size: int,
+    resumed_at: int,
+) -> None:
+    """Ranks that know nothing of each other, begun at any step, together take the step that one rank alone takes.
+
+    Every micro-batch, to the order of its utterances, is exactly one rank's; no rank is idle.
+    """
+    parts = [Part(len(costs) // 2), Part(len(costs) - len(costs) // 2, weight)]
+
+    def micro_batches_of(rank: int, world_size: int, number: int) -> list[tuple[int, list[int]]]:
+        size, pool, seed = plan_of
+        plan = Plan(costs, seed=seed, global_batch_size=size, shuffle_pool=pool, parts=parts)
+        groups = cut_step(plan.step(number)[1], costs, micro_batches, budget)
+        return [(n, groups[n]) for n in rank_share(groups, costs, ranks(rank, world_size))]
+
+    for number in (resumed_at, resumed_at + 1):
+        alone = micro_batches_of(0, 1, number)
+        if len(alone) < world_size:
+            continue
+        dealt = [micro_batches_of(rank, world_size, number) for rank in range(world_size)]
+        assert all(dealt)
+        assert sorted(chain.from_iterable(dealt)) == sorted(alone)
 
 
 def permutation(size: int, key: Sequence[int]) -> list[int]:

@@ -107,3 +107,41 @@ def test_a_missing_recipe_names_the_nearest() -> None:
 def test_a_split_without_a_manifest(file: Path) -> None:
     with pytest.raises(ValueError, match="no manifest for split 'test'; data.manifests has: train"):
         load_recipe(file).manifest("test")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("more", {"more": 1.0}),
+        ("{more: 1}", {"more": 1.0}),
+        ("{more: 0.5}", {"more": 0.5}),
+        ("{train: 1, noisy: 0.5}", {"noisy": 0.5, "train": 1.0}),
+    ],
+)
+def test_one_split_or_a_mixture(file: Path, tmp_path: Path, written: str, meant: dict[str, float]) -> None:
+    """In one order, however it is written; and read back the same."""
+    recipe = load_recipe(file, [f"data.train_split={written}"])
+    assert recipe.data.train_split == meant and list(recipe.data.train_split) == sorted(meant)
+    (tmp_path / "again.yaml").write_text(recipe.as_yaml())
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == recipe and list(again.data.train_split) == sorted(meant)
+
+
+def test_one_split_is_written_by_its_name(file: Path) -> None:
+    assert load_recipe(file).model_dump()["data"]["train_split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("{train: 1, noisy: 0}", "data.train_split.noisy: Input should be greater than 0 (got 0)"),
+        ("{train: .inf}", "data.train_split.train: Input should be a finite number (got inf)"),
+        ("{train: much}", "data.train_split.train: Input should be a valid number"),
+        ("{}", "data.train_split: Dictionary should have at least 1 item"),
+        ("[train, noisy]", "data.train_split: Input should be a valid dictionary (got ['train', 'noisy'])"),
+    ],
+)
+def test_weights_that_mean_nothing(file: Path, written: str, told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_recipe(file, [f"data.train_split={written}"])
+    assert told in str(error.value)

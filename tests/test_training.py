@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,22 @@ def test_stopped_and_resumed_on_another_number_of_ranks(
         run_launcher(*line, ranks=ranks, expect=75 if more else 0, timeout_s=400)
     assert utterances(run_dir) == utterances(straight)
     assert losses(run_dir) == pytest.approx(losses(straight), rel=1e-4)
+
+
+def test_two_sets_mixed_by_weight(words: list[str], run_launcher: Command, run_python: Command, tmp_path: Path) -> None:
+    """37 utterances once and 5 half an epoch: 3 of these an epoch. Two epochs, begun on two ranks, ended on one."""
+    mixed = [*words, "data.train_split={train: 1, valid: 0.5}", f"stage1.max_steps={2 * NUM_STEPS}"]
+    line = [TRAIN, RECIPE, "--stage", "1", *mixed, f"run.dir={tmp_path / 'run'}"]
+    outcome = run_launcher(*line, "run.stop_after=4", expect=75, timeout_s=400)
+    assert "utterances in an epoch: 37 of train, which has 37; 3 of valid, which has 5" in outcome.stdout
+    run_python(*line, timeout_s=400)
+    steps = list(utterances(tmp_path / "run").values())
+    counts = [Counter(chain.from_iterable(steps[:NUM_STEPS])), Counter(chain.from_iterable(steps[NUM_STEPS:]))]
+    for count in counts:
+        assert set(count.values()) == {1} and count.total() == 40
+        assert sum(name.startswith("train/") for name in count) == 37
+    of_valid = [uses for name, uses in (counts[0] + counts[1]).items() if name.startswith("valid/")]
+    assert sorted(of_valid) == [1, 1, 1, 1, 2]
 
 
 def start(words: list[str], run_dir: Path) -> subprocess.Popen:

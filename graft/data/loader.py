@@ -1,7 +1,8 @@
 """Where features come from, and having them ready before they are asked for.
 
 A source gives ``entries`` (what is known of each utterance without its features) and ``read_many`` (the features).
-``ShardSource`` reads a feature set; ``OnlineSource`` encodes the audio on the fly with an ``encode`` handed to it.
+``ShardSource`` reads a feature set; ``OnlineSource`` encodes the audio on the fly with an ``encode`` handed to it;
+``MixedSource`` is several of them as one.
 
 F: encoder frames    D: numbers per frame    S: samples at 16 kHz
 """
@@ -9,9 +10,10 @@ F: encoder frames    D: numbers per frame    S: samples at 16 kHz
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -128,6 +130,57 @@ class OnlineSource:
     def _pieces(self, utterance: Utterance) -> list[np.ndarray]:
         waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
         return windows(waveform, self._window, self._long_audio, f"'{utterance.id}'")
+
+
+class MixedSource:
+    """The sources of several splits, one after the other, as one of ``sizes``.
+
+    The same recording may stand in two splits, so an id here is ``<split>/<id>``.
+    """
+
+    def __init__(self, sources: Mapping[str, FeatureSource]) -> None:
+        """Raises ValueError for a split without utterances."""
+        for split, source in sources.items():
+            if not source.entries:
+                raise ValueError(f"no utterances to train on in split '{split}': the set is empty")
+        self._sources = list(sources.values())
+        self.sizes = [len(source.entries) for source in self._sources]
+        self._firsts = [0, *accumulate(self.sizes)][:-1]
+        self.entries = _MixedEntries({split: source.entries for split, source in sources.items()})
+
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Features (F_i, D) in bf16 of the entries at ``indices``, in their order; one call per source."""
+        features: dict[int, torch.Tensor] = {}  # place in ``indices`` -> (F_i, D)
+        for source, first, size in zip(self._sources, self._firsts, self.sizes, strict=True):
+            places = [place for place, index in enumerate(indices) if first <= index < first + size]
+            if places:
+                frames = source.read_many([indices[place] - first for place in places])
+                features.update(zip(places, frames, strict=True))
+        return [features[place] for place in range(len(indices))]
+
+
+class _MixedEntries(Sequence[Entry]):
+    """Entries of several sources, made when they are asked for: there may be a hundred million."""
+
+    def __init__(self, entries: Mapping[str, Sequence[Entry]]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return sum(map(len, self._entries.values()))
+
+    def __getitem__(self, index: int) -> Entry:
+        for split, entries in self._entries.items():
+            if 0 <= index < len(entries):
+                return _of_split(entries[index], split)
+            index -= len(entries)
+        raise IndexError(f"no such utterance among {len(self)}")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (_of_split(entry, split) for split, entries in self._entries.items() for entry in entries)
+
+
+def _of_split(entry: Entry, split: str) -> Entry:
+    return replace(entry, id=f"{split}/{entry.id}")
 
 
 class Prefetcher(Generic[Item, Made]):

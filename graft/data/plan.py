@@ -1,31 +1,35 @@
 """Which utterances make which step, and which rank takes which of them: functions of numbers, nothing else.
 
-The plan of an epoch follows from (costs, seed, epoch, global batch size, pool); the number of ranks does not enter. A
-step is shared out afterwards. So any number of ranks takes the same steps, and a run is resumed at any step, on
-another number of ranks too, from one number. Nothing is kept of an epoch: a step is worked out from its number in
+The plan of an epoch follows from (costs, weights, seed, epoch, global batch size, pool); the number of ranks does not
+enter. A step is shared out afterwards. So any number of ranks takes the same steps, and a run is resumed at any step,
+on another number of ranks too, from one number. Nothing is kept of an epoch: a step is worked out from its number in
 milliseconds, of a hundred utterances or of a hundred million.
 
 cost: padded positions an utterance takes in a forward pass (audio tokens, prompt, text)
+use: one appearance of an utterance in an epoch; where it has several, they are told apart by their pass, from 0
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from graft.ranks import Ranks
 
-SHUFFLE_UTTERANCES, SHUFFLE_STEPS = 1, 2  # what a permutation is for: each purpose its own
+SHUFFLE_UTTERANCES, SHUFFLE_STEPS, SHUFFLE_RING = 1, 2, 3  # what a permutation is for: each purpose its own
 FEISTEL_ROUNDS = 8
 MOST_NAMED = 10
 
 
-def num_steps_per_epoch(num_utterances: int, global_batch_size: int) -> int:
-    """Steps in which every utterance is used once."""
-    if num_utterances < 1:
+def num_steps_per_epoch(num_uses: int, global_batch_size: int) -> int:
+    """Steps that hold all uses of an epoch."""
+    if num_uses < 1:
         raise ValueError("no utterances to train on: the set is empty")
-    return -(-num_utterances // global_batch_size)
+    return -(-num_uses // global_batch_size)
 
 
 def cut_step(step: Sequence[int], costs: Sequence[int], micro_batches: int, micro_batch_tokens: int) -> list[list[int]]:
@@ -93,12 +97,38 @@ def padded_tokens(group: Sequence[int], costs: Sequence[int]) -> int:
     return max(costs[i] for i in group) * len(group)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A set within a mixture: ``size`` utterances, of which an epoch makes ``weight`` passes.
+
+    The utterances stand on a ring in an order drawn once, and each epoch goes on where the last one has stopped. So
+    over any number of epochs no utterance of a set is used more than once oftener than another.
+    """
+
+    size: int
+    weight: float = 1.0
+
+    @property
+    def num_uses(self) -> int:
+        """Uses in every epoch: ``weight * size``, rounded up."""
+        return math.ceil(Fraction(str(self.weight)) * self.size)  # 0.1 as it is written, not as binary rounds it
+
+    def uses(self, numbers: np.ndarray, epoch: int, key: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(utterances, passes) of the uses ``numbers``, from 0 to ``num_uses - 1``, of an epoch."""
+        passes, utterances = np.divmod(numbers, self.size)
+        begun = passes == self.num_uses // self.size  # the pass that is not whole; whole ones need no order
+        places = (utterances[begun] + epoch * self.num_uses % self.size) % self.size
+        utterances[begun] = permuted(places, self.size, key)
+        return utterances, passes
+
+
 class Plan:
     """The endless sequence of steps of a training run: ``step(n)`` for any n, at once.
 
-    An epoch has ``ceil(N / global_batch_size)`` steps and every utterance exactly once. The utterances are permuted,
-    every ``shuffle_pool`` steps' worth of them is sorted by cost and cut into steps of similar cost, and the steps are
-    permuted. The sizes of steps differ by at most one, so the last step of an epoch is a step like the others.
+    An epoch has ``ceil(U / global_batch_size)`` steps for its U uses: every utterance exactly once, or as the weights
+    of several ``parts`` have it. The uses are permuted, every ``shuffle_pool`` steps' worth of them is sorted by cost
+    and cut into steps of similar cost, and the steps are permuted. The sizes of steps differ by at most one, so the
+    last step of an epoch is a step like the others. With a weight above 1, an utterance may come twice in a step.
     """
 
     def __init__(
@@ -110,24 +140,44 @@ class Plan:
         shuffle_pool: int,
         micro_batch_tokens: int | None = None,
         names: Sequence[str] | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
-        """``names`` are the utterances' ids, for the error when one exceeds ``micro_batch_tokens``."""
+        """Plan for utterances of these ``costs``.
+
+        Args:
+            names: the utterances' ids, for the error when one exceeds ``micro_batch_tokens``.
+            parts: the sets that ``costs`` are of, one after the other; None: one set, of weight 1.
+
+        Raises:
+            ValueError: there is no utterance, or one that exceeds ``micro_batch_tokens``.
+        """
         if micro_batch_tokens is not None:
             check_budget(costs, micro_batch_tokens, names)
         self.costs, self.seed = np.asarray(costs), seed
         self.shuffle_pool = shuffle_pool
-        self.steps_per_epoch = num_steps_per_epoch(len(costs), global_batch_size)
+        self.parts = tuple(parts or [Part(len(costs))])
+        in_parts = sum(part.size for part in self.parts)
+        assert in_parts == len(costs), f"{len(costs)} costs for parts of {in_parts} utterances"
+        self.uses_per_epoch = sum(part.num_uses for part in self.parts)
+        self.steps_per_epoch = num_steps_per_epoch(self.uses_per_epoch, global_batch_size)
 
     def step(self, number: int) -> tuple[int, list[int]]:
         """(epoch, utterance indices) of step ``number``, from 0."""
+        epoch, uses = self.uses(number)
+        return epoch, [utterance for utterance, _ in uses]
+
+    def uses(self, number: int) -> tuple[int, list[tuple[int, int]]]:
+        """(epoch, uses) of step ``number``, from 0; each use is (utterance index, pass), once in its epoch."""
         epoch, position = divmod(number, self.steps_per_epoch)
         place = int(permuted(np.array([position]), self.steps_per_epoch, (self.seed, epoch, SHUFFLE_STEPS))[0])
         first = place // self.shuffle_pool * self.shuffle_pool
         start = self._bound(first)
         pool = np.arange(start, self._bound(min(first + self.shuffle_pool, self.steps_per_epoch)))
-        members = permuted(pool, len(self.costs), (self.seed, epoch, SHUFFLE_UTTERANCES))
-        by_cost = members[np.argsort(self.costs[members], kind="stable")]
-        return epoch, by_cost[self._bound(place) - start : self._bound(place + 1) - start].tolist()
+        members = permuted(pool, self.uses_per_epoch, (self.seed, epoch, SHUFFLE_UTTERANCES))
+        utterances, passes = self._from_parts(members, epoch)
+        by_cost = np.argsort(self.costs[utterances], kind="stable")
+        chosen = by_cost[self._bound(place) - start : self._bound(place + 1) - start]
+        return epoch, list(zip(utterances[chosen].tolist(), passes[chosen].tolist(), strict=True))
 
     def epoch(self, number: int) -> list[list[int]]:
         """All steps of epoch ``number``."""
@@ -135,8 +185,19 @@ class Plan:
         return [self.step(first + position)[1] for position in range(self.steps_per_epoch)]
 
     def _bound(self, place: int) -> int:
-        """How many utterances come before step ``place`` of the epoch, before the steps are permuted."""
-        return place * len(self.costs) // self.steps_per_epoch
+        """How many uses come before step ``place`` of the epoch, before the steps are permuted."""
+        return place * self.uses_per_epoch // self.steps_per_epoch
+
+    def _from_parts(self, members: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(utterances, passes) of uses numbered through all parts."""
+        utterances, passes = np.empty_like(members), np.empty_like(members)
+        first_use = first_utterance = 0
+        for number, part in enumerate(self.parts):
+            inside = (members >= first_use) & (members < first_use + part.num_uses)
+            local, passes[inside] = part.uses(members[inside] - first_use, epoch, (self.seed, number, SHUFFLE_RING))
+            utterances[inside] = local + first_utterance
+            first_use, first_utterance = first_use + part.num_uses, first_utterance + part.size
+        return utterances, passes
 
 
 def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:

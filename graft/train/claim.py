@@ -42,7 +42,7 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     """
     claimed = _claimed(run_dir)
     ours = settings_that_matter(recipe, stage)
-    theirs = claimed.get(str(stage)) or _shared(claimed.get("1", {}))
+    theirs = _to_compare(claimed, stage, settings_that_matter(Recipe(bases=recipe.bases), stage))
     differing = list(differences(theirs, {name: ours.get(name) for name in theirs}))
     if differing:
         told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
@@ -122,5 +122,15 @@ def _claimed(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _shared(settings: dict[str, Any]) -> dict[str, Any]:
-    return {section: settings[section] for section in GRAFT_SECTIONS if section in settings}
+def _to_compare(claimed: dict[str, Any], stage: int, defaults: dict[str, Any]) -> dict[str, Any]:
+    """What the folder's run was of what this one must be; nothing where neither stage has begun.
+
+    A setting that was not there when the run was claimed counts as what its default means today.
+    """
+    if str(stage) in claimed:
+        theirs, sections = claimed[str(stage)], [*defaults, *claimed[str(stage)]]
+    elif "1" in claimed:
+        theirs, sections = claimed["1"], list(GRAFT_SECTIONS)
+    else:
+        return {}
+    return {section: defaults.get(section, {}) | theirs.get(section, {}) for section in sections}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from graft.data.collate import Batch, collate_training
-from graft.data.loader import FeatureSample, FeatureSource, Prefetcher, read_samples
+from graft.data.loader import FeatureSample, FeatureSource, MixedSource, Prefetcher, read_samples
 from graft.data.masking import mask_frames
-from graft.data.plan import Plan, cut_step, rank_share
+from graft.data.plan import Part, Plan, cut_step, rank_share
 from graft.data.prompt import PromptTemplate
 from graft.ranks import Ranks
 from graft.recipe import Data, Stage
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,28 +65,34 @@ class Feed:
             shuffle_pool=data.shuffle_pool,
             micro_batch_tokens=stage.micro_batch_tokens,
             names=[entry.id for entry in source.entries],
+            parts=_parts(source, data),
         )
 
     def read(self, step: int) -> StepInput:
         """This rank's input of ``step``."""
-        epoch, indices = self.plan.step(step)
-        groups = cut_step(indices, self.costs, self.stage.micro_batches, self.stage.micro_batch_tokens)
-        numbers = rank_share(groups, self.costs, self.ranks)
-        batches = tuple(collate_training(self._samples(groups[number], step), self.template) for number in numbers)
+        epoch, uses = self.plan.uses(step)
+        uses.sort()  # utterances of equal cost go into micro-batches in this order
+        costs = [self.costs[utterance] for utterance, _ in uses]
+        groups = cut_step(range(len(uses)), costs, self.stage.micro_batches, self.stage.micro_batch_tokens)
+        numbers = rank_share(groups, costs, self.ranks)
+        batches = tuple(
+            collate_training(self._samples([uses[i] for i in groups[number]], epoch), self.template)
+            for number in numbers
+        )
         if self.pins_memory:
             batches = tuple(batch.pin_memory() for batch in batches)
-        ids = tuple(self.source.entries[i].id for i in indices)
+        ids = tuple(self.source.entries[utterance].id for utterance, _ in uses)
         return StepInput(epoch, ids, tuple(numbers), batches)
 
-    def _samples(self, indices: Sequence[int], step: int) -> list[FeatureSample]:
-        samples = read_samples(self.source, indices)
+    def _samples(self, uses: Sequence[tuple[int, int]], epoch: int) -> list[FeatureSample]:
+        samples = read_samples(self.source, [utterance for utterance, _ in uses])
         if not self.stage.time_masks:
             return samples
-        num_masks, longest = self.stage.time_masks, self.stage.time_mask_frames
-        return [
-            replace(s, audio_features=mask_frames(s.audio_features, num_masks, longest, (self.seed, step, i)))
-            for i, s in zip(indices, samples, strict=True)
-        ]
+        keys = [(self.seed, epoch, s.id, number) for s, (_, number) in zip(samples, uses, strict=True)]
+        return [replace(s, audio_features=self._masked(s, key)) for s, key in zip(samples, keys, strict=True)]
+
+    def _masked(self, sample: FeatureSample, key: tuple[int | str, ...]) -> torch.Tensor:
+        return mask_frames(sample.audio_features, self.stage.time_masks, self.stage.time_mask_frames, key)
 
     @property
     def pins_memory(self) -> bool:
@@ -92,3 +103,13 @@ class Feed:
         """Steps ``first`` .. ``last - 1``; close the iterator to stop reading ahead."""
         with Prefetcher(self.read, range(first, last), depth=self.depth) as ready:
             yield from ready
+
+
+def _parts(source: FeatureSource, data: Data) -> list[Part]:
+    """The sets of a source with their weights, in the one order that splits have."""
+    sizes = source.sizes if isinstance(source, MixedSource) else [len(source.entries)]
+    parts = {split: Part(size, w) for size, (split, w) in zip(sizes, data.train_split.items(), strict=True)}
+    if list(data.train_split.values()) != [1.0]:
+        told = (f"{part.num_uses:,} of {split}, which has {part.size:,}" for split, part in parts.items())
+        LOG.info("utterances in an epoch: %s", "; ".join(told))
+    return list(parts.values())

@@ -14,10 +14,13 @@ MOST_TOLD = 20
 
 
 def inputs_of(feed: Feed) -> dict[str, Any]:
-    """What a rank reads and how it dresses it: equal digests mean equal utterances, lengths, texts and prompts."""
+    """What a rank reads and how it dresses it: equal digests mean equal utterances, lengths, texts and prompts.
+
+    ``utterances`` are those of an epoch, per set of the mixture.
+    """
     entries = feed.source.entries
     return {
-        "utterances": len(entries),
+        "utterances": [f"{part.num_uses} of {part.size}" for part in feed.plan.parts],
         "utterances_digest": digest(f"{e.id}\t{c}\t{e.text}" for e, c in zip(entries, feed.costs, strict=True)),
         "prompt_digest": digest(map(str, prompt_ids(feed.template))),
     }

@@ -1,0 +1,128 @@
+"""Whose run directory it is: the same run goes on, another one is refused with what differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graft.recipe import Recipe
+from graft.train.claim import RUN_FILE, claim
+
+BASES = {"whisper": "openai/whisper-large-v3-turbo", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct"}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe(bases=BASES, **sections)
+
+
+def begun(run_dir: Path, made: Recipe, stage: int = 1) -> Path:
+    """A run directory in which ``stage`` has taken a step."""
+    claim(run_dir, made, stage, {})
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    return run_dir
+
+
+def forget(run_dir: Path, stage: int, section: str, name: str | None = None) -> None:
+    """Leave ``run_dir`` as a version would that did not know the setting, or the whole section."""
+    claimed = json.loads((run_dir / RUN_FILE).read_text())
+    (claimed[str(stage)][section] if name else claimed[str(stage)]).pop(name or section)
+    (run_dir / RUN_FILE).write_text(json.dumps(claimed))
+
+
+def test_the_same_run_goes_on_and_may_be_longer(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", recipe(stage1={"max_steps": 100}))
+    claim(run_dir, recipe(stage1={"max_steps": 200}), 1, {})
+
+
+def test_another_run_is_refused_with_all_that_differs(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", recipe())
+    with pytest.raises(ValueError, match="holds another run") as error:
+        claim(run_dir, recipe(run={"seed": 7}, stage1={"learning_rate": 0.5}), 1, {})
+    assert "run.seed: 1 there, 7 here" in str(error.value)
+    assert "stage1.learning_rate: 0.001 there, 0.5 here" in str(error.value)
+
+
+def test_a_start_without_a_step_claims_nothing(tmp_path: Path) -> None:
+    claim(tmp_path, recipe(), 1, {})
+    claim(tmp_path, recipe(run={"seed": 7}), 1, {})
+
+
+@pytest.mark.parametrize(("section", "name"), [("stage1", "micro_batches"), ("data", "train_split"), ("audio", None)])
+def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path: Path, section: str, name: str | None) -> None:
+    run_dir = begun(tmp_path / "run", recipe())
+    forget(run_dir, 1, section, name)
+    claim(run_dir, recipe(), 1, {})
+    assert json.loads((run_dir / RUN_FILE).read_text())["1"] == claimed_by(tmp_path / "fresh", recipe())
+
+
+def claimed_by(run_dir: Path, made: Recipe) -> dict[str, Any]:
+    return json.loads((begun(run_dir, made) / RUN_FILE).read_text())["1"]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "told"),
+    [
+        ("stage1", "micro_batches", 16, "stage1.micro_batches: 8 there, 16 here"),
+        ("data", "train_split", "more", "data.train_split: 'train' there, 'more' here"),
+        ("audio", None, {"long_audio": "join"}, "audio.long_audio: 'reject' there, 'join' here"),
+    ],
+)
+def test_a_younger_setting_that_is_not_its_default_is_another_run(
+    tmp_path: Path, section: str, name: str | None, value: Any, told: str
+) -> None:
+    """Also where the file was made by the very recipe that comes again: nothing shows that it was so."""
+    changed = recipe(**{section: {name: value} if name else value})
+    run_dir = begun(tmp_path / "run", changed)
+    forget(run_dir, 1, section, name)
+    with pytest.raises(ValueError) as error:
+        claim(run_dir, changed, 1, {})
+    assert told in str(error.value)
+
+
+def test_a_setting_that_is_known_there_alone_is_another_run(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", recipe())
+    claimed = json.loads((run_dir / RUN_FILE).read_text())
+    claimed["1"]["stage1"]["pace"] = 3
+    (run_dir / RUN_FILE).write_text(json.dumps(claimed))
+    with pytest.raises(ValueError, match="stage1.pace: 3 there, None here"):
+        claim(run_dir, recipe(), 1, {})
+
+
+def test_stage_2_shares_the_graft_with_stage_1_and_nothing_else(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", recipe())
+    forget(run_dir, 1, "projector", "kind")
+    with pytest.raises(ValueError, match="projector.kind: 'mlp' there, 'swiglu' here"):
+        claim(run_dir, recipe(projector={"kind": "swiglu"}), 2, {})
+    claim(run_dir, recipe(run={"seed": 7}, data={"train_split": "more"}), 2, {})
+
+
+MIXED = {"train": 1, "noisy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("train_split", "told"),
+    [
+        ({"train": 1, "noisy": 0.25}, "data.train_split.noisy: 0.5 there, 0.25 here"),
+        ({"train": 1}, "data.train_split: {'noisy': 0.5, 'train': 1.0} there, 'train' here"),
+        ({"train": 1, "noisy": 0.5, "far": 2}, "data.train_split.far: None there, 2.0 here"),
+    ],
+)
+def test_another_mixture_is_another_run(tmp_path: Path, train_split: dict[str, float], told: str) -> None:
+    run_dir = begun(tmp_path / "run", recipe(data={"train_split": MIXED}))
+    with pytest.raises(ValueError) as error:
+        claim(run_dir, recipe(data={"train_split": train_split}), 1, {})
+    assert told in str(error.value)
+
+
+def test_the_order_of_splits_is_no_difference(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", recipe(data={"train_split": MIXED}))
+    claim(run_dir, recipe(data={"train_split": dict(reversed(MIXED.items()))}), 1, {})
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    with pytest.raises(ValueError, match="holds tensorboard of something that is not a run of ours"):
+        claim(tmp_path, recipe(), 1, {})
