@@ -309,3 +309,15 @@ def test_importing_the_library_is_light() -> None:
     code = "import sys, graft.lengths, graft.recipe; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "deepspeed", "transformers", "peft"} & set(done.stdout.split())
+
+
+def test_the_documents_name_tests_that_are_there() -> None:
+    """``tests/file.py::test_name`` in a document, or ``tests/file.py`` alone."""
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for path in documents for name in re.findall(r"tests/\w+\.py(?:::\w+)?", path.read_text("utf-8"))}
+    assert any("::" in name for name in named)
+    for name in sorted(named):
+        file, _, function = name.partition("::")
+        text = (ROOT / file).read_text("utf-8") if (ROOT / file).is_file() else None
+        assert text is not None, f"{name}: no such file"
+        assert not function or f"def {function}(" in text, f"{name}: no such test"
