@@ -206,9 +206,8 @@ def _seal(folder: Path) -> None:
     """Add the digests of all files, and force everything to disk."""
     inside = sorted(folder.rglob("*"))
     files = [path for path in inside if path.is_file()]
-    write_whole(
-        folder / FILES_FILE, json.dumps({str(p.relative_to(folder)): digest(p) for p in files}, indent=2) + "\n"
-    )
+    digests = {str(path.relative_to(folder)): digest(path) for path in files}
+    write_whole(folder / FILES_FILE, json.dumps(digests, indent=2) + "\n")
     mode = (folder / FILES_FILE).stat().st_mode
     for file in files:
         file.chmod(mode)  # safetensors makes files that nobody else can read, whatever the umask says

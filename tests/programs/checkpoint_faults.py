@@ -1,7 +1,7 @@
 """Every operation of saving a checkpoint goes wrong, one at a time: FOLDER REPORT.json, under fault_at_syscall.c.
 
-What is there: checkpoint 3, a damaged 5 that the run has passed over, and debris of a kill. Then 5 is saved again and
-3 goes. Each time a forked child does it with one operation broken; then this process looks.
+What is there: checkpoint 3, damaged 5 and 9 that the run has passed over, and debris of a kill. Then 5 is saved again
+and 3 goes; 9 does not count. Each time a forked child does it with one operation broken; then this process looks.
 """
 
 import ctypes
@@ -98,7 +98,7 @@ def check(engine: Engine, killed: bool, told: str, refuses_to_remove: bool) -> s
     if not killed:
         assert outcome == "new" or str(step_folder(run_dir, 5)) in told, f"the message names no checkpoint: {told}"
     save(engine, 7)
-    assert names() == ["step-00000007"], names()
+    assert names() == ["step-00000007", "step-00000009"], names()
     verify_checkpoint(step_folder(run_dir, 7))
     return outcome
 
@@ -126,6 +126,7 @@ engine.optimizer_state = lambda: moments  # a forked child has no threads to gat
 passed_over = template / "checkpoints" / "step-00000005"
 wanted = {"old": contents(template / "checkpoints" / "step-00000003"), "new": contents(passed_over)}
 (passed_over / "optimizer.safetensors").write_bytes(b"cut")
+shutil.copytree(passed_over, template / "checkpoints" / "step-00000009")
 debris = template / "checkpoints" / ".step-00000004.tmp"
 (debris / "adapter").mkdir(parents=True)
 (debris / "adapter" / "half").write_bytes(b"half")
