@@ -7,8 +7,9 @@
     checkpoints/evaluations.json                             {"1": {"120": 0.04}}: WER by stage and step
     eval/<split>/summary.json  hypotheses.jsonl
 
-A checkpoint is written under a temporary name, synced and renamed; ``files.json`` holds the digest of every file, so
-that a folder of that name is whole or does not count.
+A checkpoint is written under a temporary name, forced to disk and renamed; ``files.json`` holds the digest of every
+file, so that a folder of that name is whole or does not count. One that goes is first renamed too: what a kill leaves
+has a name that begins with a dot, counts for nothing, and is gone after the next checkpoint.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 def read_evaluations(run_dir: Path) -> dict[int, dict[int, float]]:
     """Word error rates of the evaluations that were finished: stage -> step -> WER."""
     path = run_dir / "checkpoints" / EVALUATIONS_FILE
-    stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {int(stage): {int(step): wer for step, wer in wers.items()} for stage, wers in stages.items()}
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {int(stage): {int(step): float(wer) for step, wer in wers.items()} for stage, wers in stages.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Without that file the newest checkpoint is taken") from error
 
 
 def best_steps(run_dir: Path) -> dict[int, int]:
@@ -106,7 +110,10 @@ def verify_checkpoint(checkpoint: Path) -> None:
     Raises:
         ValueError: if a file is missing or differs, with its name.
     """
-    listed = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+    try:
+        listed = dict(json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint / FILES_FILE} is damaged: {error}; take an older checkpoint") from error
     for name, expected in listed.items():
         file = checkpoint / name
         if not file.is_file():
@@ -117,33 +124,77 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes ``folder``, digests added, when everything in it is on the disk."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """A temporary folder to fill; it becomes ``folder``, digests added, when everything in it is on the disk.
+
+    A ``folder`` that is there already stays until then. Between two renames there is neither: a run replaces no
+    checkpoint but those it has passed over, and goes on from an older one then.
+    """
+    temporary, aside = _hidden(folder, "tmp"), _hidden(folder, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(temporary)): digest(path) for path in files}
-        write_whole(temporary / FILES_FILE, json.dumps(digests, indent=2) + "\n")
-        for path in files:
-            _sync(path)
-        _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        _seal(temporary)
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, aside)
         os.rename(temporary, folder)
         _sync(folder.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint: at once by name, then file by file, so that no half of one is ever taken for a whole.
+
+    Raises:
+        OSError: if it could not be removed; names the folder.
+    """
+    aside = _hidden(folder, "old")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise OSError(f"{folder} could not be removed: {error}") from error
+
+
+def clear_debris(run_dir: Path) -> None:
+    """Remove what a kill has left of checkpoints that were being written or removed."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, never a part."""
+    """Write a file that is either the old one or the new one, never a part.
+
+    Raises:
+        OSError: if it could not be written; names ``path``, and what was there stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    temporary = _hidden(path, "tmp")
+    try:
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the system's errors a file's name: those of writing and forcing to disk, such as a full disk, have none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def digest(path: Path) -> str:
@@ -155,6 +206,24 @@ def digest(path: Path) -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _seal(folder: Path) -> None:
+    """Add the digests of all files, and force everything to disk."""
+    inside = sorted(folder.rglob("*"))
+    files = [path for path in inside if path.is_file()]
+    digests = {str(path.relative_to(folder)): digest(path) for path in files}
+    write_whole(folder / FILES_FILE, json.dumps(digests, indent=2) + "\n")
+    mode = (folder / FILES_FILE).stat().st_mode
+    for file in files:
+        file.chmod(mode)  # safetensors makes files that nobody else can read, whatever the umask says
+    for path in (*inside, folder):
+        _sync(path)

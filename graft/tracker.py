@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from graft.ranks import Ranks
+from graft.run_dir import naming, write_whole
 
 METRICS_FILE, UTTERANCES_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "utterances.jsonl", "tensorboard"
 FLUSH_S = 10  # a browser that watches the run is this far behind
@@ -86,9 +86,10 @@ class Tracker(NullTracker):
         _cut(utterances, first_step)
         self._metrics = metrics.open("a", encoding="utf-8")
         self._utterances = utterances.open("a", encoding="utf-8")
-        folder = str(run_dir / TENSORBOARD_FOLDER)
-        self._board = SummaryWriter(folder, purge_step=first_step, flush_secs=FLUSH_S)
-        self._board.add_custom_scalars(LAYOUT)
+        self._folder = run_dir / TENSORBOARD_FOLDER
+        with naming(self._folder):  # its thread writes, and the next call raises what has befallen it
+            self._board = SummaryWriter(str(self._folder), purge_step=first_step, flush_secs=FLUSH_S)
+            self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers by tag; 0-dimensional tensors and NumPy numbers are numbers too.
@@ -99,8 +100,9 @@ class Tracker(NullTracker):
         numbers = {tag: _number(tag, value, step) for tag, value in values.items()}
         shown = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
         self._write(self._metrics, step, shown)
-        for tag, number in numbers.items():
-            self._board.add_scalar(tag, number, step)
+        with naming(self._folder):
+            for tag, number in numbers.items():
+                self._board.add_scalar(tag, number, step)
 
     def utterances(self, step: int, ids: Sequence[str]) -> None:
         """The utterances of a step, over all ranks: ``{"step": 3, "ids": [...]}`` in ``utterances.jsonl``."""
@@ -135,12 +137,14 @@ class Tracker(NullTracker):
         """Everything is on disk afterwards."""
         self._metrics.close()
         self._utterances.close()
-        self._board.close()
+        with naming(self._folder):
+            self._board.close()
 
     def _write(self, file: TextIO, step: int, what: Mapping[str, Any]) -> None:
         line = {"step": step, "time": round(time.monotonic() - self._began, 3), **what}
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+        with naming(Path(file.name)):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
 
 
 def tracker_for(ranks: Ranks, run_dir: str | Path, resume_step: int | None = None) -> NullTracker:
@@ -188,9 +192,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int
 def _cut(path: Path, step: int) -> float:
     """Take away the lines from ``step`` on, whole or not at all; the time of the last line that stays."""
     kept = [line for line in _lines(path) if line["step"] < step]
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return float(kept[-1]["time"]) if kept else 0.0
 
 

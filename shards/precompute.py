@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,8 +55,9 @@ from graft.data.shard_writer import (
 )
 from graft.lengths import WindowExceeded
 from graft.model.encoder import SpeechEncoder
-from graft.ranks import AgreedValueError, Ranks
+from graft.ranks import USERS_FAULTS, AgreedValueError, Ranks
 from graft.recipe import Recipe, load_recipe
+from graft.run_dir import naming
 
 LOG = logging.getLogger("graft.precompute")
 
@@ -329,9 +330,14 @@ class Worker:
             self._tell()
         except _AnotherFailed:
             return  # that rank has the error, and all ranks hear of it next
-        except Exception:
-            failure_file(self.job.folder).touch()
-            raise
+        except Exception as error:
+            with suppress(OSError):  # on a full disk the other ranks find out by themselves
+                failure_file(self.job.folder).touch()
+            if not isinstance(error, OSError) or isinstance(error, USERS_FAULTS):
+                raise
+            raise OSError(
+                f"{error}. Finished shards stay: see to that disk, then start the same command again to go on"
+            ) from error
 
     def _make_shards(self) -> None:
         """Sound files are read ahead in threads, the encoder runs in another, this one writes."""
@@ -391,7 +397,8 @@ class Worker:
         """Leave word of what is done where rank 0 looks, and look whether another rank has failed."""
         self._told = time.monotonic()
         told = self.job.folder / PARTS / f".rank-{self.rank:05d}"
-        told.write_text(json.dumps({"done": self.done, "audio_s": self.audio_s}))
+        with naming(told):
+            told.write_text(json.dumps({"done": self.done, "audio_s": self.audio_s}))
         if failure_file(self.job.folder).exists():
             raise _AnotherFailed
 

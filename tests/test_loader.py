@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +72,25 @@ def test_an_error_comes_where_its_item_would_have() -> None:
         next(ready)
     with pytest.raises(StopIteration):
         next(ready)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_memory_in_a_thread_comes_where_its_item_would_have(threads: int) -> None:
+    """Also what is no ``Exception``: a thread that dies in silence would leave the training waiting for ever."""
+
+    def make(item: int) -> int:
+        if item == 1:
+            return len(bytearray(sys.maxsize))  # no machine has so much
+        if item == 3:
+            raise SystemExit("a thread that leaves")
+        return item
+
+    for first, error in ((0, MemoryError), (2, SystemExit)):
+        with Prefetcher(make, range(first, 9), depth=4, threads=threads) as ready:
+            assert next(ready) == first
+            with pytest.raises(error):
+                next(ready)
 
 
 def test_an_error_of_the_items_comes_through() -> None:

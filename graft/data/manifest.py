@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from graft.data.text import clean_text
+from graft.run_dir import write_whole
 
 ALIASES: dict[str, tuple[str, ...]] = {  # ours first, then NeMo's, SLAM-LLM's, Hugging Face's
     "id": ("id", "key", "utt_id"),
@@ -112,9 +113,9 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def write_rejects(path: str | Path, rejects: Iterable[Reject]) -> None:
-    """Write rejects as JSON lines with ``line``, ``id`` and ``reason``."""
+    """Write rejects as JSON lines with ``line``, ``id`` and ``reason``; the file appears whole or not at all."""
     lines = [json.dumps({"line": r.line, "id": r.id, "reason": r.reason}, ensure_ascii=False) for r in rejects]
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(Path(path), "".join(f"{line}\n" for line in lines))
 
 
 def common(reasons: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ A shard is written under a temporary name, forced to disk and renamed; its part 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from graft.data.shard_format import (
     shard_name,
 )
 from graft.lengths import seconds
+from graft.run_dir import naming, write_whole
 
 BLOCK = 512  # bytes; tar's unit
 
@@ -112,7 +114,7 @@ class ShardWriter:
         self._keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
-        self._file = _HashedFile(self._partial.open("wb"))
+        self._file = _HashedFile(self._partial)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         return self
 
@@ -144,16 +146,20 @@ class ShardWriter:
         self.part.rejects.append({"line": line, "id": utterance.id, "reason": reason})
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._tar.close()
-            self._file.sync()
-        self._file.close()
-        if kind is not None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            with contextlib.suppress(OSError):  # a full disk refuses what is still to be written of a file that goes
+                self._file.close()
             self._partial.unlink(missing_ok=True)
-            return
+
+    def _finish(self) -> None:
+        self._tar.close()
+        self._file.sync()
         os.replace(self._partial, self._path)
         self.part.size, self.part.sha256 = self._file.size, self._file.digest.hexdigest()
-        _write_whole(part_path(self._folder, self.part.file), json.dumps(vars(self.part), ensure_ascii=False))
+        write_whole(part_path(self._folder, self.part.file), json.dumps(vars(self.part), ensure_ascii=False))
 
     def _add_member(self, name: str, data: bytes) -> int:
         """Add a file to the tar; returns where its bytes begin."""
@@ -216,7 +222,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
     lines = [json.dumps(sample, ensure_ascii=False) for part in parts for sample in part.samples]
     samples = "".join(f"{line}\n" for line in lines)
     all_rejects = sorted([*rejects, *(Reject(**r) for part in parts for r in part.rejects)], key=lambda r: r.line)
-    _write_whole(folder / SAMPLES, samples)
+    write_whole(folder / SAMPLES, samples)
     write_rejects(folder / REJECTS, all_rejects)
     shards = [
         {"file": part.file, "num_samples": len(part.samples), "size": part.size, "sha256": part.sha256}
@@ -240,7 +246,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
         "samples": {"file": SAMPLES, "sha256": sha256(samples.encode()).hexdigest()},
         "shards": shards,
     }
-    _write_whole(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
 COMPARED = {
@@ -280,33 +286,24 @@ def _other_settings(folder: Path, what: str) -> str:
 
 
 class _HashedFile:
-    """A file for writing only that knows the size and the SHA-256 of what went through it."""
+    """A file for writing only that knows the size and the SHA-256 of what went through it; errors name it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.size, self.digest = file, 0, sha256()
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self.size, self.digest = path, path.open("wb"), 0, sha256()
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return self._file.write(data)
+        with naming(self._path):
+            return self._file.write(data)
 
     def tell(self) -> int:
         return self.size
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a crash of the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

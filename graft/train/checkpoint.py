@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graft.model.assemble import save_trained
@@ -22,8 +22,10 @@ from graft.run_dir import (
     STATE_FILE,
     best_steps,
     checkpoint_steps,
+    clear_debris,
     read_evaluations,
     read_state,
+    remove_folder,
     step_folder,
     verify_checkpoint,
     whole_folder,
@@ -95,17 +97,28 @@ class Checkpoints:
         self.ranks.by_first(lambda: write_whole(path, json.dumps(self._evaluations, indent=2) + "\n"))
 
     def _write(self, folder: Path, engine: Engine, position: Position, moments: dict[str, torch.Tensor]) -> None:
-        with whole_folder(folder) as temporary:
-            save_trained(temporary, engine.model)
-            save_file(moments, temporary / OPTIMIZER_FILE)
-            state = asdict(position) | self.about
-            (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        self._prune()
+        clear_debris(self.run_dir)
+        try:
+            with whole_folder(folder) as temporary:
+                save_trained(temporary, engine.model)
+                save_file(moments, temporary / OPTIMIZER_FILE)
+                state = asdict(position) | self.about
+                (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"checkpoint {folder} could not be written: {error}. Older ones are whole: see to that disk, then "
+                "start the same command again to go on from the newest"
+            ) from error
+        self._prune(position.step)
 
-    def _prune(self) -> None:
-        kept = {*checkpoint_steps(self.run_dir)[-self.keep :], *best_steps(self.run_dir).values()}
-        for step in set(checkpoint_steps(self.run_dir)) - kept:
-            shutil.rmtree(step_folder(self.run_dir, step), ignore_errors=True)
+    def _prune(self, saved: int) -> None:
+        """Keep the newest up to ``saved``; later ones are damaged or another start's."""
+        steps = [step for step in checkpoint_steps(self.run_dir) if step <= saved]
+        for step in sorted({*steps[: -self.keep]} - {*best_steps(self.run_dir).values()}):
+            try:
+                remove_folder(step_folder(self.run_dir, step))
+            except OSError as error:  # the new checkpoint is there, which is what matters
+                LOG.warning("%s", error)
 
 
 def newest(run_dir: Path, stage: int) -> Path | None:
@@ -122,7 +135,7 @@ def newest(run_dir: Path, stage: int) -> Path | None:
         try:
             verify_checkpoint(folder)
             return folder
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             damaged.append(str(error))
             LOG.warning("%s", error)
     if damaged:

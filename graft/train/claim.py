@@ -38,7 +38,8 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     """Make ``run_dir`` this run's, and write down what is run. Called by rank 0 alone.
 
     Raises:
-        ValueError: if the folder holds another run, with the settings that differ, or something else altogether.
+        ValueError: if the folder holds another run, with the settings that differ, or something else altogether, or
+            cannot be written.
     """
     claimed = _claimed(run_dir)
     ours = settings_that_matter(recipe, stage)
@@ -47,10 +48,13 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     if differing:
         told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
         raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
-    write_whole(run_dir / RUN_FILE, json.dumps(claimed | {str(stage): ours}, indent=2) + "\n")
-    write_whole(run_dir / "recipe.yaml", recipe.as_yaml())
-    write_whole(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    try:
+        write_whole(run_dir / RUN_FILE, json.dumps(claimed | {str(stage): ours}, indent=2) + "\n")
+        write_whole(run_dir / "recipe.yaml", recipe.as_yaml())
+        write_whole(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"run.dir={run_dir} cannot be written: {error}. Mend that, or name another run.dir") from error
 
 
 def versions() -> dict[str, str]:
