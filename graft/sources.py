@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from graft.data.cache import GB, Cache, RemoteFiles
+from graft.data.fetch import origin_of
 from graft.data.loader import FeatureSource, OnlineSource, ShardSource
 from graft.data.manifest import read_manifest
 from graft.data.shard_format import FeatureSet
@@ -53,7 +55,7 @@ class Sources:
         if self.recipe.data.features == "online":
             return self.open_manifest(self.recipe.manifest(split))
         expected = self.fingerprint
-        return self.ranks.together(lambda: ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected)))
+        return self.ranks.together(lambda: ShardSource(open_set(self.recipe, split, expected)))
 
     def open_manifest(self, path: Path) -> OnlineSource:
         """The utterances of a manifest, encoded when they are needed."""
@@ -63,3 +65,16 @@ class Sources:
                 read_manifest(path), self.encoder.encode, window=self.encoder.window, long_audio=long_audio
             )
         )
+
+
+def open_set(recipe: Recipe, split: str, expected_fingerprint: str | None = None) -> FeatureSet:
+    """The feature set of a split, from its folder or, through the cache, from wherever ``data.shards`` says.
+
+    Raises:
+        ValueError: see :meth:`FeatureSet.open`.
+    """
+    origin = origin_of(recipe.data.shards, split)
+    if origin is None:
+        return FeatureSet.open(recipe.set_folder(split), expected_fingerprint)
+    cache = Cache(Path(recipe.data.cache_dir).expanduser(), recipe.data.cache_gb * GB)
+    return FeatureSet.open(RemoteFiles(origin, cache), expected_fingerprint)

@@ -17,9 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft.data import shard_format
 from graft.data.manifest import Manifest, Reject, Utterance
-from graft.data.shard_format import DamagedShard, FeatureSet, SampleEntry, decode, encode, read_index
+from graft.data.shard_format import DamagedShard, FeatureSet, Folder, SampleEntry, decode, encode, read_index
 from graft.data.shard_writer import (
     SetDescription,
     ShardWriter,
@@ -94,7 +93,7 @@ def test_what_was_written_is_read(whole: Path) -> None:
 
 
 def test_the_index_says_what_there_is(whole: Path) -> None:
-    index = read_index(whole)
+    index = read_index(Folder(whole))
     assert (index["num_samples"], index["num_rejects"], index["dtype"]) == (5, 1, "bfloat16")
     assert index["encoder"] == {"fingerprint": "f" * 64, "source": "a base"}
     assert [shard["num_samples"] for shard in index["shards"]] == [2, 2, 1]
@@ -130,7 +129,7 @@ def test_the_same_set_has_the_same_bytes(whole: Path, tmp_path: Path) -> None:
 
 
 def test_many_threads_read_at_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_format, "MOST_OPEN_SHARDS", 1)  # every second read closes what another thread may use
+    monkeypatch.setattr(Folder, "most_open", 1)  # every second read closes what another thread may use
     opened = FeatureSet.open(whole)
     wrong: list[int] = []
 

@@ -215,6 +215,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
     """
     lines = [json.dumps(sample, ensure_ascii=False) for part in parts for sample in part.samples]
     samples = "".join(f"{line}\n" for line in lines)
+    data = samples.encode()
     all_rejects = sorted([*rejects, *(Reject(**r) for part in parts for r in part.rejects)], key=lambda r: r.line)
     _write_whole(folder / SAMPLES, samples)
     write_rejects(folder / REJECTS, all_rejects)
@@ -237,7 +238,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
         "num_truncated": sum(part.num_truncated for part in parts),
         "digest": description.digest,
         "settings": _comparable(description),
-        "samples": {"file": SAMPLES, "sha256": sha256(samples.encode()).hexdigest()},
+        "samples": {"file": SAMPLES, "size": len(data), "sha256": sha256(data).hexdigest()},
         "shards": shards,
     }
     _write_whole(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
