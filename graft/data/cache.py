@@ -101,6 +101,7 @@ class Cache:
             self._make_room(part, promise)
             self._several_times(lambda: self._receive(origin, promise, part), origin.name(promise.file))
             os.fsync(part)
+            _use(part)
             os.replace(part_path, path)
         except BaseException:
             _drop(part, part_path)
@@ -257,9 +258,15 @@ def _opened(path: Path, size: int | None) -> int | None:
         os.close(descriptor)
         path.unlink(missing_ok=True)
         return None
-    with suppress(PermissionError):  # another user's
-        os.utime(descriptor)
+    _use(descriptor)
     return descriptor
+
+
+def _use(descriptor: int) -> None:
+    """Note that a file is opened now; the kernel's own clock would tick too coarsely."""
+    now = time.time_ns()
+    with suppress(PermissionError):  # another user's
+        os.utime(descriptor, ns=(now, now))
 
 
 def _locked(path: Path) -> int | None:

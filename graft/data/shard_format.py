@@ -26,7 +26,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ import torch
 FORMAT = 1
 INDEX, SAMPLES, REJECTS, PARTS = "index.json", "samples.jsonl", "rejects.jsonl", "parts"
 TENSOR, SCALE = "audio_features", "scale"
+METADATA, SEAL = "__metadata__", "utterance"  # the first is safetensors' own name
 DTYPES = {"bfloat16": ("BF16", 2), "int8": ("I8", 1)}  # in a recipe -> in a safetensors header, bytes
 TORCH_DTYPES = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32}
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -184,22 +185,37 @@ class FeatureSet:
         return data
 
 
-def encode(features: torch.Tensor, dtype: str) -> bytes:
-    """Features (F, D) as safetensors bytes; ``int8`` adds one fp32 scale per frame (F,)."""
+def encode(features: torch.Tensor, dtype: str, seal: str = "") -> bytes:
+    """Features (F, D) as safetensors bytes; ``int8`` adds one fp32 scale per frame (F,).
+
+    ``seal`` goes into their header, and so under their CRC; see :func:`seal_of`.
+    """
     from safetensors.torch import save
 
+    metadata = {SEAL: seal} if seal else None
     if dtype == "bfloat16":
-        return save({TENSOR: features.to(torch.bfloat16).contiguous()})
+        return save({TENSOR: features.to(torch.bfloat16).contiguous()}, metadata)
     peak = features.float().abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
     quantised = (features.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()})
+    return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()}, metadata)
+
+
+def seal_of(about: Mapping[str, Any]) -> str:
+    """16 characters that change when an utterance's id, text or lengths do.
+
+    They bind the features to the rest: the list of samples of another build, in which the same audio has another text,
+    holds other CRCs.
+    """
+    return blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def decode(data: bytearray, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
     """Features (F, D) in bf16 from safetensors bytes, whose header must be exactly what the index makes of it."""
     start, header = _header(data, entry)
     wanted = _layout(entry.num_frames, frame_size, dtype)
+    if isinstance(header, dict):
+        header.pop(METADATA, None)  # the seal: its part is done when the CRC is right
     if header != wanted or len(data) - start != sample_size(entry.num_frames, frame_size, dtype):
         raise damaged(entry.shard, f"'{entry.id}' holds {str(header)[:200]}, the index says {wanted}")
     tensors = {name: _tensor(data, start, wanted[name]) for name in wanted}

@@ -29,6 +29,7 @@ from graft.data.shard_format import (
     SAMPLES,
     SampleEntry,
     encode,
+    seal_of,
     shard_name,
 )
 from graft.lengths import seconds
@@ -123,14 +124,14 @@ class ShardWriter:
         key = sample_key(utterance.id)
         assert key not in self._keys, f"key {key} of '{utterance.id}' is already in {self._path.name}"
         self._keys.add(key)
-        data = encode(features, self._description.dtype)
         about = {
             "id": utterance.id,
             "text": utterance.text,
             "num_frames": len(features),
             "duration": seconds(num_samples),
-            "crc32": zlib.crc32(data),
         } | utterance.extras()
+        data = encode(features, self._description.dtype, seal_of(about))
+        about["crc32"] = zlib.crc32(data)
         self._add_member(f"{key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
         offset = self._add_member(f"{key}.safetensors", data)
         entry = SampleEntry(key=key, shard=self._path.name, offset=offset, size=len(data), **about)
