@@ -11,11 +11,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from graft.data import cache as cache_module
 from graft.data import shard_format
 from graft.data.cache import PART, Cache, FetchFailed, RemoteFiles
 from graft.data.fetch import Patience, Unavailable, origin_of
@@ -26,7 +28,8 @@ from tests import file_server
 from tests.file_server import FileServer, serving
 from tests.test_shard_format import edit_index, features, write_set
 
-PATIENCE = Patience(tries=3, wait_s=0.01, stall_s=0.3)
+PATIENCE = Patience(tries=3, wait_s=0.01, stall_s=20)
+SHORT_S = 0.7  # where the server stalls
 SHARD_SIZE = 10_240  # of each of the three: tar's own block
 SHARD, SECOND, THIRD, SAMPLES = (
     f"odd/{name}" for name in ("odd-000000.tar", "odd-000001.tar", "odd-000002.tar", "samples.jsonl")
@@ -95,6 +98,8 @@ def test_the_whole_set_through_a_command(server: FileServer, tmp_path: Path) -> 
 def test_what_goes_wrong_once_or_twice_is_fetched_again(server: FileServer, cache: Cache, how: object) -> None:
     server.misbehave(SHARD, how, times=2)
     server.misbehave(SAMPLES, how)
+    if how is file_server.stall:
+        cache.patience = replace(PATIENCE, stall_s=SHORT_S)
     read_all(FeatureSet.open(remote(server, cache)))
     assert (server.requests[SHARD], server.requests[SAMPLES], server.requests[SECOND]) == (3, 2, 1)
     assert len(kept(cache)) == 4
@@ -106,7 +111,7 @@ def test_what_goes_wrong_once_or_twice_is_fetched_again(server: FileServer, cach
         (file_server.cut, FetchFailed, "cut: 5120 of 10240 bytes came"),
         (file_server.cut_unnoticed, DamagedShard, "refused 3 times.*5120 bytes came, the index says 10240"),
         (file_server.flip, DamagedShard, "refused 3 times.*its sha256 is .*, the index says"),
-        (file_server.stall, FetchFailed, "in 3 tries; the last one: no byte for 0.3 s"),
+        (file_server.stall, FetchFailed, "in 3 tries; the last one: no byte for 0.7 s"),
         (file_server.endless, DamagedShard, "more than the 10240 bytes came that it may have"),
         (file_server.error(500), FetchFailed, "HTTP 500"),
         (file_server.error(404), Unavailable, "HTTP 404 Not Found"),
@@ -117,6 +122,8 @@ def test_what_keeps_going_wrong_is_named(
 ) -> None:
     server.misbehave(SHARD, how, times=9)
     opened = FeatureSet.open(remote(server, cache))
+    if how is file_server.stall:
+        cache.patience = replace(PATIENCE, stall_s=SHORT_S)
     with pytest.raises(kind, match=f"{server.address}/odd/odd-000000.tar.*{says}") as error:
         opened.read(1)
     assert "rank" not in str(error.value)
@@ -282,6 +289,21 @@ def test_threads_at_once_fetch_each_file_once(server: FileServer, cache: Cache) 
         thread.join(20)
     assert server.requests[SHARD] == 1
     read_all(opened)
+
+
+def test_another_was_quicker(server: FileServer, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fetches the whole file between our look for it and our lock."""
+    opened, other = (FeatureSet.open(remote(server, Cache(cache.folder, 1e9, PATIENCE))) for _ in range(2))
+    real = cache_module._locked
+
+    def late(path: Path) -> int | None:
+        monkeypatch.setattr(cache_module, "_locked", real)
+        other.read(0)
+        return real(path)
+
+    monkeypatch.setattr(cache_module, "_locked", late)
+    assert torch.equal(opened.read(0), features(0))
+    assert server.requests[SHARD] == 1 and len(kept(cache)) == 2
 
 
 def test_killed_in_the_middle_and_started_again(server: FileServer, cache: Cache) -> None:

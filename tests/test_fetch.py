@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from graft.data.fetch import CommandOrigin, HttpOrigin, Patience, TransferFailed, Unavailable, origin_of
+from graft.data.fetch import CommandOrigin, HttpOrigin, Origin, Patience, TransferFailed, Unavailable, origin_of
 from tests import file_server
 from tests.file_server import FileServer, serving
 
-STALL_S = 0.3
+PATIENT_S, SHORT_S = 20, 0.3
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
         yield server
 
 
-def whole(origin: object, file: str) -> bytes:
-    return b"".join(origin.blocks(file, STALL_S))  # type: ignore[attr-defined]
+def whole(origin: Origin, file: str, stall_s: float = PATIENT_S) -> bytes:
+    return b"".join(origin.blocks(file, stall_s))
 
 
 def test_what_is_a_folder_and_what_is_not() -> None:
@@ -85,7 +85,7 @@ def test_a_redirection_is_followed_to_http_alone(server: FileServer, tmp_path: P
 def test_a_server_that_fails(server: FileServer, how: object, kind: type[Exception], says: str) -> None:
     server.misbehave("train/a.tar", how)  # type: ignore[arg-type]
     with pytest.raises(kind, match=says):
-        whole(origin_of(server.address, "train"), "a.tar")
+        whole(origin_of(server.address, "train"), "a.tar", SHORT_S if "0.3 s" in says else PATIENT_S)
 
 
 def test_nobody_listens(server: FileServer) -> None:
@@ -125,7 +125,7 @@ def command(line: str) -> CommandOrigin:
 def test_a_command_that_fails(line: str, says: str) -> None:
     started = time.monotonic()
     with pytest.raises(TransferFailed, match=says):
-        whole(command(line), "a.tar")
+        whole(command(line), "a.tar", SHORT_S if "0.3 s" in says else PATIENT_S)
     assert time.monotonic() - started < 10
 
 
