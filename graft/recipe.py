@@ -97,7 +97,11 @@ class Data(Settings):
     """Where utterances and features are, and how steps are made of them."""
 
     manifests: dict[str, str] = {}  # split -> manifest
-    shards: str = "shards/sets/default"  # the set of a split is the folder <shards>/<split>
+    # The set of a split is the folder <shards>/<split>. Training and scoring also read from http(s)://... and from
+    # pipe:COMMAND, a command that writes {file} to its output: pipe:aws s3 cp s3://bucket/sets/tiny/{file} -
+    shards: str = "shards/sets/default"
+    cache_dir: str = "shards/cache"  # of what comes from elsewhere; the ranks and runs of a machine share it
+    cache_gb: Rate = 200.0  # least recently used shards go first; training needs the whole set in random order
     # What is trained on: one split, or {split: weight} of several. A weight is the number of passes over that split in
     # an epoch: 1 every utterance once, 2 twice, 0.5 half of them and the other half in the next epoch.
     train_split: Mixture = {"train": 1.0}

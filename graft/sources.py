@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from graft.data.cache import GB, Cache, RemoteFiles
+from graft.data.fetch import origin_of
 from graft.data.loader import FeatureSource, MixedSource, OnlineSource, ShardSource
 from graft.data.manifest import read_manifest
 from graft.data.shard_format import FeatureSet
@@ -54,7 +56,7 @@ class Sources:
         if self.recipe.data.features == "online":
             return self.open_manifest(self.recipe.manifest(split))
         expected = self.fingerprint
-        return self.ranks.together(lambda: ShardSource(FeatureSet.open(self.recipe.set_folder(split), expected)))
+        return self.ranks.together(lambda: ShardSource(open_set(self.recipe, split, expected)))
 
     def open_mixed(self, splits: Collection[str]) -> FeatureSource:
         """The sources of several splits as one, all of the recipe's encoder; a single split is opened as it is.
@@ -75,3 +77,16 @@ class Sources:
                 read_manifest(path), self.encoder.encode, window=self.encoder.window, long_audio=long_audio
             )
         )
+
+
+def open_set(recipe: Recipe, split: str, expected_fingerprint: str | None = None) -> FeatureSet:
+    """The feature set of a split, from its folder or, through the cache, from wherever ``data.shards`` says.
+
+    Raises:
+        ValueError: see :meth:`FeatureSet.open`.
+    """
+    origin = origin_of(recipe.data.shards, split)
+    if origin is None:
+        return FeatureSet.open(recipe.set_folder(split), expected_fingerprint)
+    cache = Cache(Path(recipe.data.cache_dir).expanduser(), recipe.data.cache_gb * GB)
+    return FeatureSet.open(RemoteFiles(origin, cache), expected_fingerprint)

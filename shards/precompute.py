@@ -38,6 +38,7 @@ import torch
 from graft import command, lengths
 from graft import ranks as processes
 from graft.data.audio import AudioError, load_audio, windows
+from graft.data.fetch import origin_of
 from graft.data.loader import Prefetcher
 from graft.data.manifest import Manifest, Utterance, common, read_manifest
 from graft.data.progress import Meter, clock
@@ -71,6 +72,7 @@ OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar heade
 def main(arguments: argparse.Namespace) -> None:
     """Every split in turn, by all ranks together."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_is_folder(recipe.data.shards)
     ranks = processes.start(timeout_s=PATIENCE_S)
     try:
         encoder = ranks.together(lambda: load_encoder(recipe, ranks))
@@ -78,6 +80,15 @@ def main(arguments: argparse.Namespace) -> None:
             precompute(recipe, split, encoder, ranks)
     finally:
         processes.stop()
+
+
+def check_is_folder(shards: str) -> None:
+    """Refuse an address: shards are written to a local disk, and copied by whatever your store has for that."""
+    if origin_of(shards) is not None:
+        raise ValueError(
+            f"data.shards is '{shards}': shards are made in a folder. Give data.shards=FOLDER here, copy that folder "
+            "when it is finished, and train with the address"
+        )
 
 
 def precompute(recipe: Recipe, split: str, encoder: SpeechEncoder, ranks: Ranks) -> None:

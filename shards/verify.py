@@ -2,8 +2,13 @@
 
     python shards/verify.py shards/sets/tiny             every set below a folder
     python shards/verify.py shards/sets/tiny/train       one set
+    python shards/verify.py https://host/sets/tiny/train
+    python shards/verify.py "pipe:aws s3 cp s3://bucket/sets/tiny/train/{file} -"
 
-Exit code 0 when all is as it was written, 2 when a shard is damaged; the shard is named.
+A set that is not on a local disk is read as training reads it: what the cache lacks is fetched, several shards at once,
+and stays there. So this also fills the cache before a training; with --cache-dir at an empty folder, nothing but what
+the address holds now is verified. Exit code 0 when all is as it was written, 2 when a shard is damaged or cannot be
+had; the shard is named.
 """
 
 from __future__ import annotations
@@ -11,15 +16,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
@@ -30,8 +36,11 @@ from rich.console import Console
 from rich.table import Table
 
 from graft import command
+from graft.data.cache import GB, Cache, RemoteFiles
+from graft.data.fetch import origin_of
 from graft.data.progress import Meter, clock
-from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, decode
+from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, SetFiles, decode
+from graft.recipe import Data
 
 BLOCK = 1 << 22  # bytes read at once
 LOG_WIDTH = 120  # columns where there is no terminal
@@ -55,7 +64,12 @@ class Verified:
 
 def main(arguments: argparse.Namespace) -> int:
     """Verify each set, print the table, name what is damaged."""
-    verified = [verify_set(folder) for folder in find_sets(Path(arguments.folder))]
+    origin = origin_of(arguments.folder)
+    if origin is None:
+        sets: Sequence[Path | SetFiles] = find_sets(Path(arguments.folder))
+    else:
+        sets = [RemoteFiles(origin, Cache(arguments.cache_dir, arguments.cache_gb * GB))]
+    verified = [verify_set(one) for one in sets]
     _print(verified)
     faults = [fault for one in verified for fault in one.faults]
     for fault in faults:
@@ -77,14 +91,31 @@ def find_sets(folder: Path) -> list[Path]:
     return is_set
 
 
-def verify_set(folder: Path) -> Verified:
+def verify_set(where: Path | SetFiles) -> Verified:
     """Read one set whole. Faults of single shards are collected, so that one run names them all."""
-    verified = Verified(folder.name)
+    verified = Verified(where.name if isinstance(where, Path) else where.name(""))
     try:
-        feature_set = FeatureSet.open(folder)
-    except ValueError as error:
+        feature_set = FeatureSet.open(where)
+    except (ValueError, OSError) as error:
         verified.faults.append(str(error))
         return verified
+    if isinstance(where, Path):
+        verified.faults += strangers(where, feature_set.index)
+    _read_shards(feature_set, verified)
+    return verified
+
+
+def strangers(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """Tars that lie beside the shards: training does not look at them, but whoever reads ``*.tar`` would."""
+    known = {shard["file"] for shard in index["shards"]}
+    return [
+        f"shard {path}: the index does not know it. Delete it, or run shards/precompute.py again."
+        for path in sorted(folder.glob("*.tar"))
+        if path.name not in known
+    ]
+
+
+def _read_shards(feature_set: FeatureSet, verified: Verified) -> None:
     index = feature_set.index
     verified.num_samples, verified.num_rejects = index["num_samples"], index["num_rejects"]
     verified.num_shards, verified.audio_s = len(index["shards"]), feature_set.audio_seconds
@@ -93,64 +124,72 @@ def verify_set(folder: Path) -> Verified:
     by_shard: dict[str, list[SampleEntry]] = {shard["file"]: [] for shard in index["shards"]}
     for entry in feature_set.entries:
         by_shard[entry.shard].append(entry)
-    with Meter(folder.name, verified.size / 1e6, "MB") as meter, ThreadPoolExecutor(READERS) as pool:
+    with Meter(verified.name, verified.size / 1e6, "MB") as meter, ThreadPoolExecutor(READERS) as pool:
         checked = pool.map(lambda s: _faults(feature_set, s, by_shard[s["file"]]), index["shards"])
         for shard, faults in zip(index["shards"], checked, strict=True):
             verified.faults += faults
             meter.advance(shard["size"] / 1e6)
-    return verified
 
 
 def _faults(feature_set: FeatureSet, shard: dict[str, Any], entries: Sequence[SampleEntry]) -> list[str]:
-    path = feature_set.folder / shard["file"]
+    files, name = feature_set.files, shard["file"]
     try:
-        _check_digest(path, shard)
-        _check_members(path, feature_set, shard, entries)
+        with os.fdopen(files.open(name), "rb") as file:
+            _check_digest(file, shard["sha256"])
+            file.seek(0)
+            _check_members(file, feature_set, shard, entries)
+    except _Wrong as error:
+        return [str(files.damaged(name, str(error)))]
     except DamagedShard as error:
         return [str(error)]
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
-        return [f"shard {path}: {type(error).__name__}: {error}"]
+        return [f"shard {files.name(name)}: {type(error).__name__}: {error}"]
     return []
 
 
-def _check_digest(path: Path, shard: dict[str, Any]) -> None:
+class _Wrong(Exception):
+    """What is wrong with a shard, in words that follow its name."""
+
+
+def _check_digest(file: BinaryIO, expected: str) -> None:
     digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != shard["sha256"]:
-        raise DamagedShard(f"shard {path}: its sha256 is not the index's: a byte has changed")
+    while block := file.read(BLOCK):
+        digest.update(block)
+    if digest.hexdigest() != expected:
+        raise _Wrong("its sha256 is not the index's: a byte has changed")
 
 
-def _check_members(path: Path, feature_set: FeatureSet, shard: dict[str, Any], entries: Sequence[SampleEntry]) -> None:
+def _check_members(
+    file: BinaryIO, feature_set: FeatureSet, shard: dict[str, Any], entries: Sequence[SampleEntry]
+) -> None:
     """Walk the tar as a stranger would and compare each pair of members with its entry."""
-    walked = _pairs(path)
+    walked = _pairs(file)
     count = 0
     for entry, (key, about, offset, data) in zip(entries, walked, strict=False):
         count += 1
         if (key, offset, len(data), zlib.crc32(data)) != (entry.key, entry.offset, entry.size, entry.crc32):
-            raise DamagedShard(f"shard {path}: '{entry.id}' is not where, or what, the index says")
+            raise _Wrong(f"'{entry.id}' is not where, or what, the index says")
         said = {
             name: value for name, value in entry.as_line().items() if name not in ("key", "shard", "offset", "size")
         }
         if about != said:
-            raise DamagedShard(f"shard {path}: the JSON of '{entry.id}' is not its line in samples.jsonl")
+            raise _Wrong(f"the JSON of '{entry.id}' is not its line in samples.jsonl")
         features = decode(data, entry, feature_set.dtype, feature_set.frame_size)
         if not features.isfinite().all():
-            raise DamagedShard(f"shard {path}: '{entry.id}' holds NaN or infinite numbers")
+            raise _Wrong(f"'{entry.id}' holds NaN or infinite numbers")
     if count != len(entries) or count != shard["num_samples"] or next(walked, None) is not None:
-        raise DamagedShard(f"shard {path}: the tar holds another number of samples than the index: {len(entries)}")
+        raise _Wrong(f"the tar holds another number of samples than the index: {len(entries)}")
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, dict[str, Any], int, bytearray]]:
+def _pairs(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any], int, bytearray]]:
     """(key, JSON, place of the tensors, their bytes) of each sample of a tar, in order."""
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         members = iter(tar)
         for first in members:
             second = next(members, None)
             key = first.name.removesuffix(".json")
             if second is None or (first.name, second.name) != (f"{key}.json", f"{key}.safetensors"):
-                raise DamagedShard(f"shard {path}: member '{first.name}' is not a pair of .json and .safetensors")
+                raise _Wrong(f"member '{first.name}' is not a pair of .json and .safetensors")
             about = json.load(io.TextIOWrapper(tar.extractfile(first), encoding="utf-8"))
             yield key, about, second.offset_data, bytearray(tar.extractfile(second).read())
 
@@ -168,7 +207,10 @@ def _print(verified: Sequence[Verified]) -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
-    parser.add_argument("folder", metavar="SET_FOLDER")
+    defaults = Data()
+    parser.add_argument("folder", metavar="SET_FOLDER", help="or the address of one set")
+    parser.add_argument("--cache-dir", type=Path, default=defaults.cache_dir, help="default: data.cache_dir's")
+    parser.add_argument("--cache-gb", type=float, default=defaults.cache_gb, help="default: data.cache_gb's")
     return parser
 
 

@@ -81,11 +81,11 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
     assert "run.dir=" in told and "cannot be written: [Errno 30] Read-only file system" in told
 
 
-def test_whole_checkpoints_without_best_json_are_found(tmp_path: Path) -> None:
+def test_whole_checkpoints_without_a_list_of_scores_are_found(tmp_path: Path) -> None:
     """The list of the best is a convenience: lost, the newest checkpoint is what the next stage begins with."""
     for step in (3, 6):
         with whole_folder(step_folder(tmp_path, step)) as folder:
-            state = {"stage": 1, "step": step, "first_step": 0, "num_updates": step, "best_wer": 0.5, "max_steps": 6}
+            state = {"stage": 1, "step": step, "first_step": 0, "num_updates": step, "max_steps": 6}
             (folder / STATE_FILE).write_text(json.dumps(state))
     assert beginning(tmp_path, 2, None) == (Position(stage=2, step=6, first_step=6), step_folder(tmp_path, 6))
     position, checkpoint = beginning(tmp_path, 1, None)

@@ -17,12 +17,13 @@ import pytest
 import soundfile
 import torch
 
-from graft.data.shard_format import DamagedShard, FeatureSet
+from corpus import RECIPE
+from graft.data.shard_format import FeatureSet
 from graft.lengths import SAMPLES_PER_ENCODER_FRAME, Window, encoder_frames
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import AgreedValueError, Ranks
 from graft.recipe import Recipe, load_recipe
-from shards.precompute import Job, Worker, locked, precompute, readable
+from shards.precompute import Job, Worker, locked, main, precompute, readable
 from shards.verify import verify_set
 
 RATE = 16_000
@@ -484,15 +485,10 @@ def test_a_refusal_ends_all_ranks_and_is_told_once(
     assert refused.stderr.count("data.samples_per_shard was 4, is now 3") == 1, str(refused)
 
 
-def test_a_shard_damaged_later_is_named_when_read(manifest: Path, tmp_path: Path) -> None:
-    precompute(recipe(manifest, tmp_path), "train", StubEncoder(), Ranks())
-    made = FeatureSet.open(tmp_path / "train")
-    path = tmp_path / "train" / made.entries[9].shard
-    data = bytearray(path.read_bytes())
-    data[made.entries[9].offset + made.entries[9].size - 1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DamagedShard, match=path.name):
-        made.read(9)
+def test_shards_are_made_in_folders_only() -> None:
+    words = SimpleNamespace(recipe=RECIPE, overrides=["data.shards=https://host/sets/tiny"], split=None)
+    with pytest.raises(ValueError, match="https://host/sets/tiny.*made in a folder. Give data.shards=FOLDER"):
+        main(words)
 
 
 def test_errors_are_told_as_the_users(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from graft.data.cache import Cache, RemoteFiles
+from graft.data.fetch import Patience, origin_of
 from graft.data.shard_writer import ShardWriter, merge_parts
-from shards.verify import find_sets, verify_set
+from shards.verify import _arguments, find_sets, main, verify_set
+from tests.file_server import error, serving
 from tests.test_shard_format import DESCRIPTION, edit_index, features, utterance, write_set
 
 
@@ -41,7 +44,7 @@ def reseal(folder: Path, shard: str) -> None:
     [
         (b'"text": "text 1', b'"text": "next 1', "the JSON of 'u1.x' is not its line"),
         (b"u1%2Ex.json", b"u1%2Ey.json", "odd-000000.tar"),
-        (b'{"audio_features"', b'{"audio_Features"', "'u0.x' is not where, or what"),
+        (b'"audio_features"', b'"audio_Features"', "'u0.x' is not where, or what"),
     ],
 )
 def test_a_shard_that_differs_inside(folder: Path, old: bytes, new: bytes, says: str) -> None:
@@ -89,6 +92,51 @@ def test_an_unfinished_set_is_a_fault(folder: Path) -> None:
     (folder / "index.json").unlink()
     assert find_sets(folder.parent) == [folder]
     assert "run shards/precompute.py again to finish it" in verify_set(folder).faults[0]
+
+
+def verify(where: str, cache: Path) -> int:
+    return main(_arguments().parse_args([where, "--cache-dir", str(cache), "--cache-gb", "0.001"]))
+
+
+def test_a_set_from_elsewhere(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What is in the cache is what training reads; an empty cache shows what the address holds now."""
+    where = f"pipe:cat {folder}/{{file}}"
+    assert verify(where, tmp_path / "cache") == 0 and " ok " in capsys.readouterr().out
+    path = folder / "odd-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert verify(where, tmp_path / "cache") == 0
+    capsys.readouterr()
+    files = RemoteFiles(origin_of(where), Cache(tmp_path / "empty", 1e9, Patience(tries=2, wait_s=0.01)))
+    (fault,) = verify_set(files).faults
+    assert f"cat {path}: refused 2 times" in fault and "its sha256 is" in fault
+
+
+def test_a_cached_shard_that_was_spoilt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert verify(f"pipe:cat {folder}/{{file}}", tmp_path / "cache") == 0
+    (spoilt,) = (
+        p for p in (tmp_path / "cache").iterdir() if p.read_bytes() == (folder / "odd-000002.tar").read_bytes()
+    )
+    data = bytearray(spoilt.read_bytes())
+    data[-1] ^= 1
+    spoilt.write_bytes(data)
+    assert verify(f"pipe:cat {folder}/{{file}}", tmp_path / "cache") == 2
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1 and "odd-000002.tar: its sha256 is not the index's" in told
+    assert f"Delete {spoilt}" in told
+
+
+def test_shards_that_cannot_be_had_are_all_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(folder) as server:
+        server.misbehave("odd-000000.tar", error(503), times=9)
+        server.misbehave("odd-000002.tar", error(404))
+        cache = Cache(tmp_path / "cache", 1e9, Patience(tries=2, wait_s=0.01))
+        first, second = verify_set(RemoteFiles(origin_of(server.address), cache)).faults
+    assert "odd-000000.tar" in first and "503" in first and "odd-000002.tar: HTTP 404" in second
+    (nothing,) = verify_set(RemoteFiles(origin_of("pipe:cat /nowhere/{file}"), cache)).faults
+    assert "cat /nowhere/index.json could not be fetched in 2 tries" in nothing
 
 
 def test_the_command(folder: Path, run_python) -> None:

@@ -10,7 +10,7 @@ a shorter or different set, without an error. So every set is
     parts/                   one file per finished shard: what a rerun needs to go on
 
 and a sample is read by its place and checked by its CRC. Nothing is unpickled, and no size is believed before it has
-been compared with the index.
+been compared with the index. The files are those of a folder, or come from elsewhere: see :mod:`graft.data.cache`.
 
 F: encoder frames of 20 ms    D: numbers per frame
 """
@@ -20,24 +20,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 FORMAT = 1
 INDEX, SAMPLES, REJECTS, PARTS = "index.json", "samples.jsonl", "rejects.jsonl", "parts"
 TENSOR, SCALE = "audio_features", "scale"
+METADATA, SEAL = "__metadata__", "utterance"  # the first is safetensors' own name
 DTYPES = {"bfloat16": ("BF16", 2), "int8": ("I8", 1)}  # in a recipe -> in a safetensors header, bytes
 TORCH_DTYPES = {"BF16": torch.bfloat16, "I8": torch.int8, "F32": torch.float32}
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST_INDEX_BYTES = 1 << 28  # a shard takes about 200
 MOST_HEADER_BYTES = 4096  # of a sample's safetensors header: ours take 80 to 200
-MOST_OPEN_SHARDS = 64
 
 
 class DamagedShard(ValueError):
@@ -66,33 +69,101 @@ class SampleEntry:
         return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
+class SetFiles(Protocol):
+    """The files of a set, wherever they are."""
+
+    most_open: int  # descriptors that a reader should keep
+
+    def name(self, file: str) -> str:
+        """What a message calls ``file``."""
+        ...
+
+    def read_index(self, most: int) -> bytes:
+        """``index.json``; ValueError where there is none or it has more than ``most`` bytes."""
+        ...
+
+    def expect(self, index: Mapping[str, Any]) -> None:
+        """Compare with the index what can be compared without reading; DamagedShard names what differs."""
+        ...
+
+    def open(self, file: str) -> int:
+        """A descriptor for reading; FileNotFoundError where there is none."""
+        ...
+
+    def damaged(self, file: str, what: str) -> DamagedShard:
+        """The error for a damaged file, with the remedy."""
+        ...
+
+
+class Folder:
+    """A set's files in a folder of this machine."""
+
+    most_open = 64
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def name(self, file: str) -> str:
+        """Its path."""
+        return str(self.path / file)
+
+    def read_index(self, most: int) -> bytes:
+        """See :class:`SetFiles`."""
+        path = self.path / INDEX
+        if not path.is_file():
+            started = self.path / PARTS
+            begun = " (it was begun: run shards/precompute.py again to finish it)" if started.is_dir() else ""
+            raise ValueError(f"no finished feature set in {self.path}: no {INDEX}{begun}")
+        size = path.stat().st_size
+        if size > most:
+            raise DamagedShard(f"{path} has {size} bytes, an index has at most {most}")
+        return path.read_bytes()
+
+    def expect(self, index: Mapping[str, Any]) -> None:
+        """Every shard is there and has its size."""
+        for shard in index["shards"]:
+            path = self.path / shard["file"]
+            if not path.is_file():
+                raise damaged(path, "missing")
+            found = path.stat().st_size
+            if found != shard["size"]:
+                raise damaged(path, f"{found} bytes, the index says {shard['size']}")
+
+    def open(self, file: str) -> int:
+        """See :class:`SetFiles`."""
+        return os.open(self.path / file, os.O_RDONLY)
+
+    def damaged(self, file: str, what: str) -> DamagedShard:
+        """See :class:`SetFiles`."""
+        return damaged(self.path / file, what)
+
+
 class FeatureSet:
     """An opened set: ``entries`` in order, and ``read`` for the features of one of them."""
 
-    def __init__(self, folder: Path, index: Mapping[str, Any], entries: Sequence[SampleEntry]) -> None:
-        self.folder, self.index, self.entries = folder, index, entries
+    def __init__(self, files: SetFiles, index: Mapping[str, Any], entries: Sequence[SampleEntry]) -> None:
+        self.files, self.index, self.entries = files, index, entries
         self.name: str = index["name"]
         self.dtype: str = index["dtype"]
         self.frame_size: int = index["frame_size"]
         self.window_frames: int = index["window_frames"]
         self.fingerprint: str = index["encoder"]["fingerprint"]
         self.audio_seconds: float = index["audio_seconds"]
-        self._files = _OpenShards(folder)
+        self._open = _OpenShards(files)
 
     @classmethod
-    def open(cls, folder: str | Path, expected_fingerprint: str | None = None) -> FeatureSet:
-        """Open a set after comparing what can be compared without reading the shards.
+    def open(cls, where: str | Path | SetFiles, expected_fingerprint: str | None = None) -> FeatureSet:
+        """Open a set, in a folder or from elsewhere, after comparing what can be compared without reading the shards.
 
         Raises:
             ValueError: there is no finished set, or another encoder made it.
             DamagedShard: a file is missing, has another size, or the list of samples is not the index's.
         """
-        folder = Path(folder)
-        index = read_index(folder)
-        check_fingerprint(folder, index, expected_fingerprint)
-        for shard in index["shards"]:
-            check_size(folder / shard["file"], shard["size"])
-        return cls(folder, index, _read_entries(folder, index))
+        files = Folder(Path(where)) if isinstance(where, str | Path) else where
+        index = read_index(files)
+        check_fingerprint(files, index, expected_fingerprint)
+        files.expect(index)
+        return cls(files, index, _read_entries(files, index))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -108,28 +179,43 @@ class FeatureSet:
     def read_bytes(self, position: int) -> bytearray:
         """The safetensors bytes of the entry at ``position``, checked by their CRC."""
         entry = self.entries[position]
-        data = self._files.read(entry.shard, entry.offset, entry.size)
+        data = self._open.read(entry.shard, entry.offset, entry.size)
         if len(data) != entry.size or zlib.crc32(data) != entry.crc32:
-            raise damaged(self.folder / entry.shard, f"the features of '{entry.id}' are not those that were written")
+            raise self.files.damaged(entry.shard, f"the features of '{entry.id}' are not those that were written")
         return data
 
 
-def encode(features: torch.Tensor, dtype: str) -> bytes:
-    """Features (F, D) as safetensors bytes; ``int8`` adds one fp32 scale per frame (F,)."""
+def encode(features: torch.Tensor, dtype: str, seal: str = "") -> bytes:
+    """Features (F, D) as safetensors bytes; ``int8`` adds one fp32 scale per frame (F,).
+
+    ``seal`` goes into their header, and so under their CRC; see :func:`seal_of`.
+    """
     from safetensors.torch import save
 
+    metadata = {SEAL: seal} if seal else None
     if dtype == "bfloat16":
-        return save({TENSOR: features.to(torch.bfloat16).contiguous()})
+        return save({TENSOR: features.to(torch.bfloat16).contiguous()}, metadata)
     peak = features.float().abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
     quantised = (features.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()})
+    return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()}, metadata)
+
+
+def seal_of(about: Mapping[str, Any]) -> str:
+    """16 characters that change when an utterance's id, text or lengths do.
+
+    They bind the features to the rest: the list of samples of another build, in which the same audio has another text,
+    holds other CRCs.
+    """
+    return blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def decode(data: bytearray, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
     """Features (F, D) in bf16 from safetensors bytes, whose header must be exactly what the index makes of it."""
     start, header = _header(data, entry)
     wanted = _layout(entry.num_frames, frame_size, dtype)
+    if isinstance(header, dict):
+        header.pop(METADATA, None)  # the seal: its part is done when the CRC is right
     if header != wanted or len(data) - start != sample_size(entry.num_frames, frame_size, dtype):
         raise damaged(entry.shard, f"'{entry.id}' holds {str(header)[:200]}, the index says {wanted}")
     tensors = {name: _tensor(data, start, wanted[name]) for name in wanted}
@@ -153,25 +239,22 @@ def damaged(shard: Path | str, what: str) -> DamagedShard:
     return DamagedShard(f"shard {shard}: {what}. Delete this shard and run shards/precompute.py again.")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(files: SetFiles) -> dict[str, Any]:
     """``index.json`` of a finished set, its keys and kinds checked.
 
     Raises:
         ValueError: there is none, or it is not one of ours.
     """
-    path = folder / INDEX
-    if not path.is_file():
-        started = " (it was begun: run shards/precompute.py again to finish it)" if (folder / PARTS).is_dir() else ""
-        raise ValueError(f"no finished feature set in {folder}: no {INDEX}{started}")
+    data = files.read_index(MOST_INDEX_BYTES)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(data.decode("utf-8"))
         _check_index(index)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedShard(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedShard(f"{files.name(INDEX)} is damaged: {type(error).__name__}: {error}") from error
     return index
 
 
-def check_fingerprint(folder: Path, index: Mapping[str, Any], expected: str | None) -> None:
+def check_fingerprint(files: SetFiles, index: Mapping[str, Any], expected: str | None) -> None:
     """Refuse a set that another encoder made.
 
     Raises:
@@ -180,19 +263,10 @@ def check_fingerprint(folder: Path, index: Mapping[str, Any], expected: str | No
     found = index["encoder"]["fingerprint"]
     if expected is not None and found != expected:
         raise ValueError(
-            f"feature set {folder} was made by another encoder: its fingerprint is {found[:12]} "
+            f"feature set {files.name('').rstrip('/')} was made by another encoder: its fingerprint is {found[:12]} "
             f"(from {index['encoder'].get('source', 'unknown')}), the recipe's is {expected[:12]}. "
             "Point bases.whisper to the encoder that made it, or make the set again in another folder (data.shards)."
         )
-
-
-def check_size(path: Path, size: int) -> None:
-    """Refuse a shard that is missing or has another size than ``size`` bytes."""
-    if not path.is_file():
-        raise damaged(path, "missing")
-    found = path.stat().st_size
-    if found != size:
-        raise damaged(path, f"{found} bytes, the index says {size}")
 
 
 def _check_index(index: Any) -> None:
@@ -210,6 +284,10 @@ def _check_index(index: Any) -> None:
         _check_whole(shard["num_samples"], "num_samples")
     if sum(shard["num_samples"] for shard in index["shards"]) != index["num_samples"]:
         raise ValueError("the shards' num_samples do not add up to the set's")
+    for file in (index["samples"], *index["shards"]):
+        if not isinstance(file["sha256"], str) or not SHA256.fullmatch(file["sha256"]):
+            raise ValueError(f"the sha256 of {file['file']} is {file['sha256']!r}, expected 64 hexadecimal digits")
+    _check_whole(index["samples"].get("size", 0), "size")
     index["audio_seconds"] = float(index["audio_seconds"])
 
 
@@ -223,11 +301,13 @@ def _check_plain(name: Any) -> None:
         raise ValueError(f"{name!r} is not a plain name")
 
 
-def _read_entries(folder: Path, index: Mapping[str, Any]) -> list[SampleEntry]:
-    path = folder / index["samples"]["file"]
-    if not path.is_file():
-        raise DamagedShard(f"{path}: missing")
-    data = path.read_bytes()
+def _read_entries(files: SetFiles, index: Mapping[str, Any]) -> list[SampleEntry]:
+    path = files.name(index["samples"]["file"])
+    try:
+        with os.fdopen(files.open(index["samples"]["file"]), "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise DamagedShard(f"{path}: missing") from error
     if sha256(data).hexdigest() != index["samples"]["sha256"]:
         raise DamagedShard(f"{path}: its sha256 is not the index's: changed, cut, or of another build")
     sizes = {shard["file"]: shard["size"] for shard in index["shards"]}
@@ -293,8 +373,8 @@ def _tensor(data: bytearray, start: int, layout: Mapping[str, Any]) -> torch.Ten
 class _OpenShards:
     """Descriptors of the shards read last; several threads may read at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, files: SetFiles) -> None:
+        self._files = files
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -310,20 +390,27 @@ class _OpenShards:
 
     def _descriptor(self, name: str) -> _Descriptor:
         with self._lock:
-            found = self._open.pop(name, None) or _Descriptor(self._folder / name)
-            self._open[name] = found
-            if len(self._open) > MOST_OPEN_SHARDS:
+            found = self._open.get(name)
+            if found:
+                self._open.move_to_end(name)
+                return found
+        made = self._opened(name)  # outside the lock: it may have to be fetched, and others read meanwhile
+        with self._lock:
+            self._open[name] = made
+            while len(self._open) > self._files.most_open:
                 self._open.popitem(last=False)  # closed when the last thread that reads from it lets go
-            return found
+        return made
+
+    def _opened(self, name: str) -> _Descriptor:
+        try:
+            return _Descriptor(self._files.open(name))
+        except FileNotFoundError as error:
+            raise self._files.damaged(name, "missing") from error
 
 
 class _Descriptor:
-    def __init__(self, path: Path) -> None:
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise damaged(path, "missing") from error
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)

@@ -30,6 +30,7 @@ from graft.data.shard_format import (
     SAMPLES,
     SampleEntry,
     encode,
+    seal_of,
     shard_name,
 )
 from graft.lengths import seconds
@@ -125,14 +126,14 @@ class ShardWriter:
         key = sample_key(utterance.id)
         assert key not in self._keys, f"key {key} of '{utterance.id}' is already in {self._path.name}"
         self._keys.add(key)
-        data = encode(features, self._description.dtype)
         about = {
             "id": utterance.id,
             "text": utterance.text,
             "num_frames": len(features),
             "duration": seconds(num_samples),
-            "crc32": zlib.crc32(data),
         } | utterance.extras()
+        data = encode(features, self._description.dtype, seal_of(about))
+        about["crc32"] = zlib.crc32(data)
         self._add_member(f"{key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
         offset = self._add_member(f"{key}.safetensors", data)
         entry = SampleEntry(key=key, shard=self._path.name, offset=offset, size=len(data), **about)
@@ -221,6 +222,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
     """
     lines = [json.dumps(sample, ensure_ascii=False) for part in parts for sample in part.samples]
     samples = "".join(f"{line}\n" for line in lines)
+    data = samples.encode()
     all_rejects = sorted([*rejects, *(Reject(**r) for part in parts for r in part.rejects)], key=lambda r: r.line)
     write_whole(folder / SAMPLES, samples)
     write_rejects(folder / REJECTS, all_rejects)
@@ -243,7 +245,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
         "num_truncated": sum(part.num_truncated for part in parts),
         "digest": description.digest,
         "settings": _comparable(description),
-        "samples": {"file": SAMPLES, "sha256": sha256(samples.encode()).hexdigest()},
+        "samples": {"file": SAMPLES, "size": len(data), "sha256": sha256(data).hexdigest()},
         "shards": shards,
     }
     write_whole(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
