@@ -1,0 +1,52 @@
+"""When a rank is complained of; real ranks that are halted are in test_stopping.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from graft.ranks import Ranks
+from graft.train.heartbeat import Heart, Heartbeat, Pulse
+from graft.train.stopping import _ancestors, _launchers
+
+
+def pulse(is_waiting: bool = False, beat_since: float = 0.0, moves_since: float = 0.0) -> Pulse:
+    return Pulse("node2", "reading step 7", is_waiting, beat=3, moves=9, beat_since=beat_since, moves_since=moves_since)
+
+
+@pytest.mark.parametrize(
+    "seen, says",
+    [
+        (pulse(beat_since=95, moves_since=95), None),
+        (pulse(beat_since=89, moves_since=89), "rank 3 on node2 has not answered for 11 s"),
+        (pulse(beat_since=99, moves_since=89), "has been at 'reading step 7' for 11 s; the others wait"),
+        (pulse(is_waiting=True, beat_since=99, moves_since=0), None),  # it has done its part
+        (pulse(is_waiting=True, beat_since=80, moves_since=80), "has not answered for 20 s"),
+    ],
+)
+def test_complaints(seen: Pulse, says: str | None) -> None:
+    """With a patience of 10 s, at 100 s."""
+    complaint = seen.complaint(3, now=100, patience_s=10)
+    assert complaint is None if says is None else says in complaint
+
+
+def test_what_is_heard_is_new_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat is a sign of life, a move is progress."""
+    times = iter([10.0, 20.0, 30.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    heartbeat = Heartbeat(Ranks(0, 2), stop=None, patience_s=60)  # type: ignore[arg-type]
+    for beat, moves in ((1, 5), (2, 5), (2, 6)):
+        said = {"host": "node2", "place": "x", "is_waiting": False, "beat": beat, "moves": moves}
+        heartbeat._hear(1, said)
+    assert (heartbeat.pulses[1].beat_since, heartbeat.pulses[1].moves_since) == (20.0, 30.0)
+
+
+def test_a_heart_counts_its_moves() -> None:
+    heart = Heart()
+    heart.works("reading")
+    heart.waits("read")
+    assert (heart.place, heart.is_waiting, heart.moves) == ("read", True, 2)
+
+
+def test_alone_there_is_no_launcher() -> None:
+    """Nothing above pytest is DeepSpeed's: whoever ends a shell does not end a training."""
+    assert len(_ancestors(2)) == 2 and _launchers() == []
