@@ -68,9 +68,7 @@ class Pulse:
                 f"gone. It was last at '{self.place}'"
             )
         if still_s > patience_s and not self.is_waiting:
-            return (
-                f"rank {rank} on {self.host} has been at '{self.place}' for {still_s:.0f} s and the others wait for it"
-            )
+            return f"rank {rank} on {self.host} has been at '{self.place}' for {still_s:.0f} s; the others wait for it"
         return None
 
 
