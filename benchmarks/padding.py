@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from benchmarks.harness import Figure
 from graft.data.plan import Plan, cut_step, padded_tokens, rank_share
 from graft.ranks import Ranks
 
@@ -16,15 +17,15 @@ PROMPT_TOKENS, TOKENS_PER_SECOND = 60, 12.5  # a prompt and a transcript; stack_
 DURATIONS = {"read": (12.0, 0.3), "spontaneous": (10.0, 0.6)}
 
 
-def report() -> Iterator[str]:
-    """One line per distribution of lengths."""
+def report() -> Iterator[Figure]:
+    """Padding and balance for each distribution of lengths."""
     for name, (mean, sigma) in DURATIONS.items():
         costs = token_counts(mean, sigma)
-        ours, imbalance = planned(costs)
-        yield (
-            f"{name:<12} padded/real tokens {ours:.4f}, random micro-batches of 8 {at_random(costs, 8):.3f}; "
-            f"dearest rank/mean rank {imbalance:.4f} on {NUM_RANKS} ranks"
-        )
+        padding, imbalance = planned(costs)
+        what = f"{name} speech, {NUM_UTTERANCES:,} utterances, {NUM_RANKS} ranks"
+        facts = {"random micro-batches of 8": at_random(costs, 8)}
+        yield Figure(f"count.padding.{name}", padding, "x", f"{what}: padded / real tokens", "<= 1.010", facts=facts)
+        yield Figure(f"count.imbalance.{name}", imbalance, "x", f"{what}: dearest rank / mean rank", "<= 1.010")
 
 
 def token_counts(mean: float, sigma: float) -> list[int]:
