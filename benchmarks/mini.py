@@ -22,12 +22,14 @@ from graft.data.prompt import IGNORE_INDEX
 from graft.lengths import audio_tokens, encoder_frames, num_samples
 from graft.model.config import AudioGraftConfig
 from graft.model.grafted import AudioGraftForConditionalGeneration
+from graft.model.lean import save_less
 
 WIDTH, HEADS, KV_HEADS, FFN, LAYERS, VOCAB, FRAME_SIZE = 448, 7, 1, 2368, 7, 4752, 160
 BEFORE, AFTER, REPLY = 20, 10, 30  # tokens of prompt, and of a transcript, which alone is learnt
 AUDIO_TOKEN, PAD = VOCAB - 1, VOCAB - 2
 NUM_CLIPS, MEAN_S, SIGMA, LONGEST_S = 64, 10.0, 0.6, 30.0
 MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 8_192
+R, RATE = 8, 1e-6  # of the adapters (64 at full width), and a rate so low that the model stays the same
 LAYER_SHAPES = [(WIDTH, WIDTH)] * 2 + [(WIDTH, WIDTH // HEADS * KV_HEADS)] * 2 + [(WIDTH, FFN)] * 2 + [(FFN, WIDTH)]
 _VISION = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH}
 
@@ -67,6 +69,7 @@ def graft(stack_factor: int, dtype: torch.dtype, seed: int = 1, **text: Any) -> 
     model = AudioGraftForConditionalGeneration._from_config(config(stack_factor, **text), dtype=dtype)
     projector = model.model.multi_modal_projector.float()
     projector.initialise(model.get_input_embeddings().weight.float().std().item(), torch.Generator().manual_seed(seed))
+    save_less(model.model.language_model)
     return model.requires_grad_(False).train()
 
 

@@ -10,7 +10,7 @@ from benchmarks.harness import Figure
 from graft.data.plan import Plan, cut_step, padded_tokens, rank_share
 from graft.ranks import Ranks
 
-NUM_UTTERANCES, NUM_RANKS = 20_000, 8
+NUM_UTTERANCES, NUM_RANKS = 100_000, 8
 BATCH, MICRO_BATCH_TOKENS, POOL = 256, 8_192, 64
 PROMPT_TOKENS, TOKENS_PER_SECOND = 60, 12.5  # a prompt and a transcript; stack_factor 4
 # Log-normal durations in seconds, (mean, sigma of the logarithm), cut at 30 s: read speech and spontaneous speech.
@@ -23,8 +23,8 @@ def report() -> Iterator[Figure]:
         costs = token_counts(mean, sigma)
         padding, imbalance = planned(costs)
         what = f"{name} speech, {NUM_UTTERANCES:,} utterances, {NUM_RANKS} ranks"
-        facts = {"random micro-batches of 8": at_random(costs, 8)}
-        yield Figure(f"count.padding.{name}", padding, "x", f"{what}: padded / real tokens", "<= 1.010", facts=facts)
+        random = {"random micro-batches of 8": at_random(costs, 8)}
+        yield Figure(f"count.padding.{name}", padding, "x", f"{what}: padded / real tokens", "<= 1.010", facts=random)
         yield Figure(f"count.imbalance.{name}", imbalance, "x", f"{what}: dearest rank / mean rank", "<= 1.010")
 
 

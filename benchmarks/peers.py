@@ -11,14 +11,16 @@ checkpointing; in stage 2 PEFT's fp32 adapters with dropout 0.05. Spared it here
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import mini
+from benchmarks.harness import fast_dtype
 from graft.data.collate import Batch
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lora import DEFAULT_TARGETS, is_lora_name
@@ -55,6 +57,35 @@ class StockGraft(nn.Module):
         ).loss
 
 
+class Peer:
+    """A peer's step over micro-batches."""
+
+    def __init__(self, model: StockGraft, batches: Sequence[Batch]) -> None:
+        self.model, self.batches, self.projector = model, batches, model.projector
+        self.num_clips, self.num_labels = clips_and_labels(batches)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.adam = torch.optim.AdamW(self.trained, lr=mini.RATE)
+
+    def step(self) -> None:
+        """One optimiser step."""
+        for batch in self.batches:
+            self.loss(batch).backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """A micro-batch's share of the step's loss."""
+        return self.model(batch, self.num_labels)
+
+
+def seed_form(stage: int) -> Peer:
+    """The seed's own form of a stage."""
+    lora = {"r": mini.R, "lora_alpha": 2 * mini.R, "lora_dropout": SEED_DROPOUT} if stage == 2 else {}
+    model = stock(mini.graft(1, fast_dtype()), checkpointing=True, **lora)
+    return Peer(model, seed_batches(stage))
+
+
 def stock(graft: AudioGraftForConditionalGeneration, checkpointing: bool, **lora: Any) -> StockGraft:
     """Stock Qwen2-VL on the frozen weights of ``graft``, a copy of its projector; ``lora`` are PEFT's settings."""
     fields = graft.config.to_dict()
@@ -87,6 +118,11 @@ def seed_batches(stage: int) -> list[Batch]:
     """One micro-batch of the seed's: every clip costs it the same, so one of them tells its clips a second."""
     clips = range(SEED_BATCH[stage])
     return [mini.batch(clips, [SEED_FRAMES] * len(clips), stack_factor=1)]
+
+
+def clips_and_labels(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Of a step."""
+    return sum(len(batch.ids) for batch in batches), sum(batch.num_label_tokens for batch in batches)
 
 
 def _share_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -21,7 +21,6 @@ from graft.recipe import Lora, Stage
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.step import train_step
 
-R, RATE = 8, 1e-6  # r is 64 at full width
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 TARGETS = {(1, 4): ">= 22", (1, 8): ">= 32", (2, 4): ">= 22"}
 
@@ -35,7 +34,7 @@ def report() -> Iterator[Figure]:
 def stage_1() -> Iterator[Figure]:
     """Against the seed's form, against Hugging Face on our tokens, and against the GEMM."""
     ours = {k: Ours(1, k) for k in (4, 8)}
-    plain, seed = Peer(peers.stock(ours[4].model, False), ours[4].batches), seed_form(1)
+    plain, seed = peers.Peer(peers.stock(ours[4].model, False), ours[4].batches), peers.seed_form(1)
     facts = compare(ours[4], plain)
     sides: dict[str, Callable[[], object]] = {f"ours {k}": side.step for k, side in ours.items()}
     taken = harness.rounds({**sides, "hf": plain.step, "seed": seed.step}, probe())
@@ -51,9 +50,9 @@ def stage_1() -> Iterator[Figure]:
 
 def stage_2() -> Iterator[Figure]:
     """Against the seed's form: PEFT's fp32 adapters with dropout, checkpointing."""
-    ours, seed = Ours(2, 4), seed_form(2)
-    settings = {"r": R, "lora_alpha": 2 * R, "lora_dropout": 0.0}
-    same = Peer(peers.stock(ours.model, True, **settings), ours.batches)
+    ours, seed = Ours(2, 4), peers.seed_form(2)
+    settings = {"r": mini.R, "lora_alpha": 2 * mini.R, "lora_dropout": 0.0}
+    same = peers.Peer(peers.stock(ours.model, True, **settings), ours.batches)
     peers.copy_adapters(ours.model, same.model)
     facts = compare(ours, same)
     taken = harness.rounds({"ours 4": ours.step, "seed": seed.step}, probe())
@@ -67,14 +66,14 @@ class Ours:
         self.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[harness.fast_dtype()]
         self.model = mini.graft(stack_factor, harness.fast_dtype())
         if stage == 2:
-            add_lora(self.model, Lora(r=R, alpha=2 * R))
+            add_lora(self.model, Lora(r=mini.R, alpha=2 * mini.R))
             _fill_lora_b(self.model)
         self.batches = mini.step_batches(stack_factor)
-        self.num_clips, self.num_labels = _clips_and_labels(self.batches)
+        self.num_clips, self.num_labels = peers.clips_and_labels(self.batches)
         settings, ranks = Stage(), start_process_group(timeout_s=600, start_timeout_s=60)
         trained = select_trainable(self.model, stage)
         config = resolve_ds_config(harness.ROOT / "ds_configs" / "zero2.json", settings)
-        self.engine = Engine(self.model, dict.fromkeys(trained, RATE), settings, config, ranks)
+        self.engine = Engine(self.model, dict.fromkeys(trained, mini.RATE), settings, config, ranks)
         self.projector = self.model.model.multi_modal_projector
 
     def step(self) -> None:
@@ -87,36 +86,7 @@ class Ours:
             return self.model(**batch.model_inputs(), num_items_in_batch=self.num_labels, use_cache=False).loss
 
 
-class Peer:
-    """A peer's step over micro-batches."""
-
-    def __init__(self, model: peers.StockGraft, batches: Sequence[Batch]) -> None:
-        self.model, self.batches, self.projector = model, batches, model.projector
-        self.num_clips, self.num_labels = _clips_and_labels(batches)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.adam = torch.optim.AdamW(self.trained, lr=RATE)
-
-    def step(self) -> None:
-        """One optimiser step."""
-        for batch in self.batches:
-            self.loss(batch).backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.adam.step()
-        self.adam.zero_grad()
-
-    def loss(self, batch: Batch) -> Tensor:
-        """A micro-batch's share of the step's loss."""
-        return self.model(batch, self.num_labels)
-
-
-def seed_form(stage: int) -> Peer:
-    """The seed's own form of a stage."""
-    lora = {"r": R, "lora_alpha": 2 * R, "lora_dropout": peers.SEED_DROPOUT} if stage == 2 else {}
-    model = peers.stock(mini.graft(1, harness.fast_dtype()), checkpointing=True, **lora)
-    return Peer(model, peers.seed_batches(stage))
-
-
-def compare(ours: Ours, peer: Peer) -> dict[str, float]:
+def compare(ours: Ours, peer: peers.Peer) -> dict[str, float]:
     """Differences of loss and projector gradient on the same micro-batches, relative; AssertionError if they differ."""
     losses, gradients = zip(*(_loss_and_gradient(side) for side in (ours, peer)), strict=True)
     facts = {
@@ -128,7 +98,7 @@ def compare(ours: Ours, peer: Peer) -> dict[str, float]:
     return facts
 
 
-def seed_ratio(taken: Sequence[Round], name: str, ours: Ours, seed: Peer, stage: int, facts: dict) -> Figure:
+def seed_ratio(taken: Sequence[Round], name: str, ours: Ours, seed: peers.Peer, stage: int, facts: dict) -> Figure:
     """Clips a second, ours over the seed's."""
     value, agrees, clocks = harness.ratio(taken, "seed", name, ours.num_clips / seed.num_clips)
     clips = ours.num_clips / min(r.spent[name].wall for r in taken)
@@ -158,11 +128,7 @@ def probe() -> Callable[[], Spent]:
     return harness.gemm_probe(mini.LAYER_SHAPES, harness.fast_dtype())
 
 
-def _clips_and_labels(batches: Sequence[Batch]) -> tuple[int, int]:
-    return sum(len(batch.ids) for batch in batches), sum(batch.num_label_tokens for batch in batches)
-
-
-def _loss_and_gradient(side: Ours | Peer) -> tuple[float, Tensor]:
+def _loss_and_gradient(side: Ours | peers.Peer) -> tuple[float, Tensor]:
     weight = side.projector.linear_1.weight
     total, gradient = 0.0, torch.zeros_like(weight)
     for batch in side.batches:
