@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,8 @@ def report() -> Iterator[Figure]:
     """Stage 2 with one micro-batch a rank and with four."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seen.json"
-        launcher = ["deepspeed", "--num_gpus", str(NUM_RANKS), "--module", "benchmarks.zero2", str(path)]
+        launcher = ["deepspeed", "--num_gpus", str(NUM_RANKS), "--master_port", str(free_port())]
+        launcher += ["--module", "benchmarks.zero2", str(path)]
         done = subprocess.run(launcher, cwd=harness.ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(launcher)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         seen = json.loads(path.read_text())
@@ -60,6 +62,13 @@ def report() -> Iterator[Figure]:
         facts |= {name: f"{count['calls']} calls" for name, count in calls.items()}
         what = f"bytes sent a step and rank / the least, {NUM_RANKS} ranks, {accumulation} micro-batches each"
         yield Figure(f"zero2.bytes.accumulation{accumulation}", value, "x", what, "<= 1.02", facts=facts)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def environment() -> dict[str, str]:

@@ -233,7 +233,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Returns:
             Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32).
         """
-        if labels is not None and past_key_values is None and pixel_values is None and pixel_values_videos is None:
+        places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
+        if labels is not None and all(place is None for place in places):
             attention_mask = unless_padded_behind(attention_mask)
         inputs = dict(
             input_ids=input_ids,
