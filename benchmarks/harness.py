@@ -1,6 +1,6 @@
 """What benchmarks share: rounds in turns, a GEMM probe in each, the rule of agreement, and results as files.
 
-A figure is published only if it may be: a ratio of times needs wall clock and process CPU time to tell the same.
+A ratio of times is published only where wall clock and process CPU time tell the same over enough undisturbed rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "webdataset", "numpy")
-NUM_ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))  # fewer are for trying out
+FEWEST_ROUNDS = 5  # of a published ratio
+NUM_ROUNDS = int(os.environ.get("BENCH_ROUNDS", FEWEST_ROUNDS))  # fewer are for trying out
 QUIET = 0.7  # rounds whose probe is below this share of the best were disturbed and are dropped
 AGREEMENT = 0.1  # wall and CPU ratios must be this close
 _SAY = {">=": operator.ge, "<=": operator.le}
@@ -34,7 +35,7 @@ _SAY = {">=": operator.ge, "<=": operator.le}
 
 @dataclass(frozen=True)
 class Figure:
-    """One published number. ``target`` is such as ``>= 22``; ``published`` is False where clocks disagreed."""
+    """One number. ``target`` is such as ``>= 22``; not ``published``: clocks disagree, or rounds are few."""
 
     name: str
     value: float
@@ -54,7 +55,11 @@ class Figure:
 
     def __str__(self) -> str:
         verdict = f"  (target {self.target}: {'met' if self.met else 'MISSED'})" if self.target else ""
-        value = f"{self.value:,.4g} {self.unit}".strip() if self.published else "NOT PUBLISHED, clocks disagree"
+        value = (
+            f"{self.value:,.4g} {self.unit}".strip()
+            if self.published
+            else "NOT PUBLISHED: clocks disagree, or few rounds"
+        )
         facts = "; ".join(f"{name} {short(fact)}" for name, fact in self.facts.items())
         return f"{self.name}  {value}{verdict}  {self.what}" + (f" [{facts}]" if facts else "")
 
@@ -85,29 +90,37 @@ def timed(call: Callable[[], Any]) -> Spent:
 def rounds(
     sides: Mapping[str, Callable[[], Any]], probe: Callable[[], Spent], num_rounds: int = NUM_ROUNDS
 ) -> list[Round]:
-    """Every side once a round, each round beginning with another one; disturbed rounds are left out."""
+    """Every side once a round, each round beginning with another one, until enough were undisturbed; at most twice."""
     names, taken = list(sides), []
-    for number in range(num_rounds):
+    for number in range(2 * num_rounds):
         turn = names[number % len(names) :] + names[: number % len(names)]
         speed = probe()
         taken.append(Round({name: timed(sides[name]) for name in turn}, speed))
-    best = max(taken, key=lambda r: r.probe.wall).probe.wall
+        if len(undisturbed(taken)) == num_rounds:
+            break
+    return undisturbed(taken)
+
+
+def undisturbed(taken: Sequence[Round]) -> list[Round]:
+    """Rounds whose probe was not far below the best."""
+    best = max(r.probe.wall for r in taken)
     return [r for r in taken if r.probe.wall >= QUIET * best]
 
 
 def ratio(taken: Sequence[Round], slower: str, faster: str, weight: float = 1.0) -> tuple[float, bool, dict[str, Any]]:
-    """(best time of ``slower`` / best time of ``faster`` x weight, whether the clocks agree, the facts behind it)."""
+    """(best time of ``slower`` / that of ``faster`` x weight, whether it may be published, the facts behind it)."""
     wall, cpu = (
-        weight * min(getattr(r.spent[slower], clock) for r in taken)
+        weight
+        * min(getattr(r.spent[slower], clock) for r in taken)
         / min(getattr(r.spent[faster], clock) for r in taken)
         for clock in ("wall", "cpu")
-    )  # fmt: skip
-    return wall, agree(wall, cpu), {"wall": wall, "cpu": cpu, "rounds": len(taken)}
+    )
+    return wall, publishable(wall, cpu, len(taken)), {"wall": wall, "cpu": cpu, "rounds": len(taken)}
 
 
-def agree(wall: float, cpu: float) -> bool:
-    """Whether two ratios tell the same."""
-    return abs(wall - cpu) <= AGREEMENT * min(wall, cpu)
+def publishable(wall: float, cpu: float, num_rounds: int) -> bool:
+    """Whether both clocks tell the same ratio, over enough rounds."""
+    return num_rounds >= FEWEST_ROUNDS and abs(wall - cpu) <= AGREEMENT * min(wall, cpu)
 
 
 def gemm_probe(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, rows: int = 1024) -> Callable[[], Spent]:
@@ -144,10 +157,10 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def write(benchmark: str, figures: Sequence[Figure], folder: Path = RESULTS) -> Path:
-    """One benchmark's figures with what they were measured on."""
+def write(benchmark: str, at: str, figures: Sequence[Figure], folder: Path = RESULTS) -> Path:
+    """One benchmark's figures with what they were measured on, ``at`` that commit."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"benchmark": benchmark, "commit": commit(), "versions": versions(), "machine": machine()}
+    found = {"benchmark": benchmark, "commit": at, "versions": versions(), "machine": machine()}
     told = [{**asdict(figure), "met": figure.met} for figure in figures]
     path = folder / f"{benchmark}.json"
     path.write_text(json.dumps({**found, "figures": told}, indent=1) + "\n")
@@ -155,7 +168,7 @@ def write(benchmark: str, figures: Sequence[Figure], folder: Path = RESULTS) -> 
 
 
 def commit() -> str:
-    """The commit this was measured at, with a + if files differ from it; results and their report do not count."""
+    """The commit of the working tree, with a + if files differ from it; results and their report do not count."""
     head = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/performance.md")
     return head + ("+" if changed else "")
