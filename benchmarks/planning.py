@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from benchmarks.harness import Figure
 from graft.data.plan import Plan
 
 NUM_UTTERANCES, BATCH, POOL = 100_000_000, 256, 64
@@ -15,8 +16,8 @@ FAR_STEP, NEXT_STEPS = 1_000_000, 20
 MICRO_BATCH_TOKENS = 8_192
 
 
-def report() -> Iterator[str]:
-    """One line; times are of this machine, memory is what the plan adds to the lengths themselves."""
+def report() -> Iterator[Figure]:
+    """Times are of this machine, memory is what the plan adds to the lengths themselves."""
     costs = np.random.default_rng(1).integers(40, 400, NUM_UTTERANCES, dtype=np.int32)
     before, started = peak_mebibytes(), time.perf_counter()
     plan = Plan(costs, seed=1, global_batch_size=BATCH, shuffle_pool=POOL, micro_batch_tokens=MICRO_BATCH_TOKENS)
@@ -26,11 +27,12 @@ def report() -> Iterator[str]:
     for number in range(FAR_STEP + 1, FAR_STEP + 1 + NEXT_STEPS):
         plan.step(number)
     each = (time.perf_counter() - resumed) / NEXT_STEPS
-    yield (
-        f"{NUM_UTTERANCES:,} utterances: {made - started:.1f} s and {peak_mebibytes() - before:.0f} MiB beside the "
-        f"{costs.nbytes / 2**20:.0f} MiB of lengths; resumed at step {FAR_STEP:,} in {1e3 * (resumed - made):.0f} ms, "
-        f"{1e3 * each:.0f} ms a step from there"
-    )
+    of = f"the plan of {NUM_UTTERANCES:,} utterances"
+    memory = {"MiB of lengths": costs.nbytes / 2**20}
+    yield Figure("plan.start", made - started, "s", f"making {of}")
+    yield Figure("plan.memory", peak_mebibytes() - before, "MiB", f"{of}, beside their lengths", facts=memory)
+    yield Figure("plan.resume", 1e3 * (resumed - made), "ms", f"step {FAR_STEP:,} of {of}, at once")
+    yield Figure("plan.step", 1e3 * each, "ms", f"each step of {of} from there")
 
 
 def peak_mebibytes() -> float:

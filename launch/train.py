@@ -25,6 +25,7 @@ from graft.evaluation.evaluate import evaluate
 from graft.evaluation.transcribe import Interrupted
 from graft.lengths import SAMPLE_RATE
 from graft.model.assemble import Assembled, assemble
+from graft.model.lean import save_less
 from graft.model.trainable import describe, select_trainable
 from graft.ranks import Ranks, stop
 from graft.recipe import Recipe, load_recipe
@@ -130,6 +131,8 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
     if recipe.run.compile:
         for layer in graft.model.model.language_model.layers:
             layer.compile(dynamic=True)  # layer by layer: one graph serves them all, and lengths differ
+    elif not recipe.run.gradient_checkpointing:  # these two choose by themselves what is kept
+        save_less(graft.model.model.language_model)
     graft.model.train()  # for LoRA's dropout and for gradient checkpointing; frozen towers have neither
     LOG.info("%s", describe(graft.model))
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}

@@ -15,7 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
 from graft.model.assemble import Assembled, assemble, export, load_trained, save_trained
 from graft.model.encoder import SpeechEncoder
-from graft.model.grafted import AudioGraftForConditionalGeneration, label_positions
+from graft.model.grafted import AudioGraftForConditionalGeneration, label_positions, unless_padded_behind
 from graft.model.lora import add_lora, enable_lora, is_lora_name, merge_lora
 from graft.model.trainable import select_trainable
 
@@ -297,6 +297,13 @@ def labelled(graft: Assembled) -> dict[str, torch.Tensor]:
     labels[1, 1:4] = inputs["input_ids"][1, 1:4]
     labels[1, 0] = 3
     return {**inputs, "labels": labels}
+
+
+def test_a_mask_is_dropped_only_where_padding_stands_behind() -> None:
+    behind = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert unless_padded_behind(behind) is None and unless_padded_behind(None) is None
+    for kept in (behind.flip(1), torch.tensor([[1, 0, 1]]), torch.ones(1, 1, 3, 3)):
+        assert unless_padded_behind(kept) is kept
 
 
 def test_label_positions_by_hand() -> None:

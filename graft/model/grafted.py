@@ -233,6 +233,9 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Returns:
             Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32).
         """
+        places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
+        if labels is not None and all(place is None for place in places):
+            attention_mask = unless_padded_behind(attention_mask)
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -314,6 +317,17 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     """Indices (L,) into the flattened (B * T) positions whose *next* label is to be learnt."""
     learnt = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # the last position of a row predicts nothing
     return learnt.flatten().nonzero().flatten()
+
+
+def unless_padded_behind(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """None for a mask (B, T) of ones and then zeros in each row, or the mask.
+
+    Causal attention never looks at what stands behind. Without a mask it takes the faster kernel, whose keys and values
+    are not repeated for every head. On a GPU this waits for the host, as :func:`label_positions` does.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        return attention_mask
+    return None
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
