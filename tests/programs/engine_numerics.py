@@ -64,6 +64,10 @@ def copied(model: nn.Module) -> dict:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def most_moved(before: dict, after: dict) -> float:
+    return max((before[name].float() - tensor.float()).abs().max().item() for name, tensor in after.items())
+
+
 ranks = start_process_group(timeout_s=60, start_timeout_s=120)
 seen = {}
 model, engine = make()
@@ -71,11 +75,10 @@ seen["small_gradients"], _ = step(engine, [1.0] + [0.001] * 63)
 seen["first_update"] = [model.fast.abs().max().item(), model.slow.abs().max().item()]
 seen["uneven"], _ = step(engine, [2.0] if ranks.rank == 0 else [3.0, 4.0])
 seen["reductions"] = {"1 micro-batch": reductions(engine, [1.0]), "8 micro-batches": reductions(engine, [1.0] * 8)}
-before = copied(model)
+before = copied(model) | {key: moment.clone() for key, moment in engine.optimizer_state().items()}
 _, applied = step(engine, [float("inf") if ranks.rank == 1 else 1.0])
-moved = max((before[name].float() - tensor.float()).abs().max().item() for name, tensor in model.state_dict().items())
-seen["not_finite"] = {"applied": applied, "moved": moved}
 moments, weights = engine.optimizer_state(), copied(model)
+seen["not_finite"] = {"applied": applied, "moved": most_moved(before, weights | moments)}
 seen["moments_nonzero"] = all(tensor.abs().min().item() > 0 for tensor in moments.values())
 step(engine, [ranks.rank + 2.0])
 straight = copied(model)
