@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from graft.lengths import Window, WindowExceeded
-from graft.model.encoder import SpeechEncoder, load_encoder, mel_settings
+from graft.model.encoder import SpeechEncoder, load_encoder, load_feature_extractor, log_mels, mel_settings
 
 FP32 = torch.float32
 
@@ -144,3 +144,25 @@ def test_fingerprint_changes_with_one_bit_or_the_mel(base: Path, encoder: Speech
     changed = SpeechEncoder(str(folder), FP32)
     assert changed.fingerprint != encoder.fingerprint
     assert changed.mel_settings == {**mel_settings(encoder.extractor, encoder.window), "n_fft": 512}
+
+
+@pytest.mark.parametrize("num_bins", [80, 128])
+def test_mels_are_the_stock_extractors_bit_by_bit(num_bins: int) -> None:
+    """Of lengths around the hop, the transform and the window, in one batch."""
+    window, extractor = Window(200), WhisperFeatureExtractor(feature_size=num_bins)
+    chance = np.random.default_rng(1)
+    ends = [window.num_samples - less for less in (0, 1, 160, 200, 399, 400, 401)]
+    waveforms = [chance.standard_normal(n).astype(np.float32) for n in (1, 5, 159, 160, 161, 400, 9_999, 20_000, *ends)]
+    waveforms.append(np.zeros(8_000, dtype=np.float32))
+    stock = extractor(
+        waveforms, sampling_rate=16_000, padding="max_length", max_length=window.num_samples, return_tensors="pt"
+    )
+    assert torch.equal(log_mels(extractor, waveforms, window), stock["input_features"])
+
+
+def test_an_extractor_with_dither_is_refused(base: Path, tmp_path: Path) -> None:
+    """It draws noise: two encodings of an utterance would differ."""
+    WhisperFeatureExtractor.from_pretrained(base, dither=0.1).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"mel dither is 0\.1, expected 0\.0"):
+        load_feature_extractor(str(tmp_path))

@@ -20,6 +20,8 @@ from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import FEATURE_DTYPE
 
 KEY = "bases.whisper"  # of the recipe
+MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
+FEWEST_MEL_FRAMES = 64  # at a time: matrix products of very few columns are rounded otherwise than those of many
 # Of a full Whisper: model.encoder.* (WhisperForConditionalGeneration) or encoder.* (WhisperModel). Without this,
 # WhisperEncoder.from_pretrained finds none of its names and returns random weights with a mere warning.
 _KEY_MAPPING = {r"^model\.encoder\.": "", r"^encoder\.": ""}
@@ -52,6 +54,8 @@ def load_feature_extractor(base: str) -> WhisperFeatureExtractor:
         "sampling_rate": lengths.SAMPLE_RATE,
         "hop_length": lengths.SAMPLES_PER_MEL_FRAME,
         "feature_size": load_audio_config(base).num_mel_bins,
+        "dither": 0.0,
+        "padding_value": 0.0,
     }
     for name, value in expected.items():
         if getattr(extractor, name) != value:
@@ -114,17 +118,26 @@ def log_mels(
     window: Window,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Waveforms (S_i,), none longer than the window -> log-mels (W, n_mels, 2F) of the full window, fp32."""
-    batch = extractor(
-        list(waveforms),
-        sampling_rate=lengths.SAMPLE_RATE,
-        padding="max_length",
-        max_length=window.num_samples,
-        truncation=False,
-        return_tensors="pt",
-        device=str(device),
-    )
-    return batch["input_features"]
+    """Waveforms (S_i,), none longer than the window -> log-mels (W, n_mels, 2F) of the full window, fp32.
+
+    What Whisper's own extractor makes of the padded window, but the spectrum is taken of the samples that are there:
+    behind them is silence, whose log-mel is the floor.
+    """
+    filters = torch.from_numpy(extractor.mel_filters).to(device, torch.float32)  # (n_fft / 2 + 1, n_mels)
+    hann = torch.hann_window(extractor.n_fft, device=device)
+    hop, num_frames = extractor.hop_length, window.num_samples // extractor.hop_length
+    mels = torch.empty((len(waveforms), filters.shape[1], num_frames), device=device)
+    for mel, waveform in zip(mels, waveforms, strict=True):
+        # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
+        frames = min(max(-(-(len(waveform) + extractor.n_fft) // hop), FEWEST_MEL_FRAMES), num_frames)
+        samples = torch.zeros(frames * hop, device=device)
+        samples[: len(waveform)] = torch.as_tensor(waveform, dtype=torch.float32)
+        spectrum = torch.stft(samples, extractor.n_fft, hop, window=hann, return_complex=True)[:, :-1]
+        log_mel = (filters.T @ spectrum.abs() ** 2).clamp_(min=10**MEL_FLOOR_LOG10).log10_()
+        quietest = log_mel.max() - MEL_RANGE_LOG10
+        mel[:, :frames] = (torch.maximum(log_mel, quietest) + 4.0) / 4.0
+        mel[:, frames:] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
+    return mels
 
 
 def mel_settings(extractor: WhisperFeatureExtractor, window: Window) -> dict[str, int | float]:
