@@ -23,11 +23,20 @@ from graft.train.checkpoint import newest
 PRECOMPUTE = ROOT / "shards" / "precompute.py"
 WITH_FAULT = ROOT / "tests" / "programs" / "train_with_fault.py"
 KILLS, SOAK_MINUTES = int(os.environ.get("GRAFT_KILLS", 100)), float(os.environ.get("GRAFT_SOAK_MINUTES", 30))
-POINTS = {"forward": 40, "backward": 40, "step": 12, "save": 40, "evaluation": 1500, "loader": 10}  # longest delay, ms
-KILL_STEPS, SAVE_EVERY, MOST_CALLS = 8 * KILLS, 2, 6
+# Where to kill: at one of how many visits, and at most how many milliseconds after it.
+POINTS = {
+    "forward": (6, 40),
+    "backward": (6, 40),
+    "step": (6, 12),
+    "save": (3, 40),
+    "evaluation": (1, 800),
+    "loader": (9, 10),
+}
+KILL_STEPS, SAVE_EVERY = 6 * KILLS, 2
 SOAK_STEPS = round(30 * SOAK_MINUTES)
 QUICK = [
     "stage1.micro_batches=2",
+    "projector.hidden_size=64",
     "run.log_every=1",
     "run.log_utterances=true",
     "evaluation.max_utterances=2",
@@ -37,7 +46,7 @@ OFTEN = [
     f"stage1.max_steps={KILL_STEPS}",
     "stage1.global_batch_size=4",
     f"run.checkpoint_every={SAVE_EVERY}",
-    "evaluation.every=4",
+    "evaluation.every=8",
 ]
 LONG = [
     f"stage1.max_steps={SOAK_STEPS}",
@@ -88,7 +97,8 @@ def test_kill_points(words: list[str], run_launcher: Command, tmp_path: Path) ->
     while sum(killed.values()) < KILLS:
         point = rng.choice(list(POINTS))
         rank = 0 if point == "save" else rng.randrange(2)
-        fault = f"{point}:{rng.randint(1, MOST_CALLS)}:{rank}:{rng.randint(0, POINTS[point])}"
+        most_visits, longest_ms = POINTS[point]
+        fault = f"{point}:{rng.randint(1, most_visits)}:{rank}:{rng.randint(0, longest_ms)}"
         training = Training(words, run_dir, [str(WITH_FAULT), fault])
         code = training.wait(timeout_s=600)
         assert code != 0, f"{fault} killed nobody:\n{training.log.read_text()[-3000:]}"
