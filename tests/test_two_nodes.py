@@ -168,7 +168,7 @@ def test_a_link_that_breaks(settings: list[str], features: Path, run_launcher: C
         )
     try:
         wait_until(lambda: "step      3/" in log.read_text(), timeout_s=300)
-        (second,) = launchers_with(f"run.dir={run_dir}", "--node_rank=1")
+        second, *_ = launchers_with(f"run.dir={run_dir}", "--node_rank=1")
         subprocess.run(["nsenter", "-t", str(second), "-n", "ip", "link", "set", "eth0", "down"], check=True)
         assert process.wait(timeout=120) != 0
         wait_until(lambda: not processes_with(f"run.dir={run_dir}"), timeout_s=60)
