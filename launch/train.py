@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     ranks = start_process_group(recipe.run.timeout_s, recipe.run.start_timeout_s)
     try:
-        with Heartbeat(ranks, stop_request, recipe.run.patience_s) as heartbeat:
+        with Heartbeat(ranks, stop_request, recipe.run.patience_s, recipe.run.timeout_s) as heartbeat:
             return train(recipe, arguments.stage, arguments.start_from, heartbeat)
     finally:
         stop()

@@ -29,11 +29,16 @@ def test_complaints(seen: Pulse, says: str | None) -> None:
     assert complaint is None if says is None else says in complaint
 
 
+def test_gone_is_who_does_not_answer_and_not_who_is_slow() -> None:
+    assert pulse(beat_since=29).is_gone(now=60, timeout_s=30)
+    assert not pulse(beat_since=59, moves_since=0).is_gone(now=60, timeout_s=30)
+
+
 def test_what_is_heard_is_new_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """A beat is a sign of life, a move is progress."""
     times = iter([10.0, 20.0, 30.0])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
-    heartbeat = Heartbeat(Ranks(0, 2), stop=None, patience_s=60)  # type: ignore[arg-type]
+    heartbeat = Heartbeat(Ranks(0, 2), stop=None, patience_s=60, timeout_s=600)  # type: ignore[arg-type]
     for beat, moves in ((1, 5), (2, 5), (2, 6)):
         said = {"host": "node2", "place": "x", "is_waiting": False, "beat": beat, "moves": moves}
         heartbeat._hear(1, said)

@@ -1,8 +1,11 @@
 """Who keeps the others waiting: every rank tells where it is, and a silent one is named before a collective gives up.
 
 A collective that waits for a rank says nothing until it times out, and then names nobody. Here each rank's pulse goes
-through the store in which the ranks met, beside the collectives. Rank 0 listens to all others and rank 1 to rank 0.
-The same way a request to stop reaches every rank, also those that are in the middle of an evaluation.
+through the store in which the ranks met, beside the collectives. Rank 0 listens to all others and they to rank 0. The
+same way a request to stop reaches every rank, also those that are in the middle of an evaluation.
+
+A rank that no longer answers at all ends the run: where packets are lost and no connection is closed, not every
+collective of gloo keeps its timeout.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ LOG = logging.getLogger(__name__)
 BEATS_IN_PATIENCE = 10
 MOST_BETWEEN_BEATS_S = 2.0  # also how long a request to stop is on its way
 STOP_KEY = "graft/stop"
+FAULT = 1  # exit code of a fault that is not the user's
 
 
 @dataclass
@@ -59,6 +63,10 @@ class Pulse:
     beat_since: float
     moves_since: float
 
+    def is_gone(self, now: float, timeout_s: float) -> bool:
+        """Whether this rank has not answered for as long as a collective may take."""
+        return now - self.beat_since > timeout_s
+
     def complaint(self, rank: int, now: float, patience_s: float) -> str | None:
         """What is wrong with this rank, if anything."""
         silent_s, still_s = now - self.beat_since, now - self.moves_since
@@ -78,8 +86,10 @@ class Heartbeat:
     The talking one may be stuck with a store that no longer answers; the looking one then says so.
     """
 
-    def __init__(self, ranks: Ranks, stop: StopRequest, patience_s: float) -> None:
-        self.heart, self.ranks, self.stop, self.patience_s = Heart(), ranks, stop, patience_s
+    def __init__(self, ranks: Ranks, stop: StopRequest, patience_s: float, timeout_s: float) -> None:
+        """After ``patience_s`` a silent rank is named, after ``timeout_s`` this process ends for it."""
+        self.heart, self.ranks, self.stop = Heart(), ranks, stop
+        self.patience_s, self.timeout_s = patience_s, timeout_s
         self.pulses: dict[int, Pulse] = {}
         self._interval_s = min(patience_s / BEATS_IN_PATIENCE, MOST_BETWEEN_BEATS_S)
         self._ended = threading.Event()
@@ -112,7 +122,7 @@ class Heartbeat:
 
     def _watched(self) -> list[int]:
         """The ranks whose pulse this one listens to."""
-        return {0: list(range(1, self.ranks.world_size)), 1: [0]}.get(self.ranks.rank, [])
+        return list(range(1, self.ranks.world_size)) if self.ranks.is_first else [0]
 
     def _said(self, beat: int) -> str:
         heart = self.heart
@@ -145,10 +155,17 @@ class Heartbeat:
             for rank, pulse in list(self.pulses.items()):
                 complaint = pulse.complaint(rank, now, self.patience_s)
                 if complaint and rank not in complained:
-                    LOG.error("%s", complaint)
+                    self._tell(complaint)
                 if not complaint and rank in complained:
-                    LOG.error("rank %d goes on", rank)
+                    self._tell(f"rank {rank} goes on")
+                if pulse.is_gone(now, self.timeout_s):
+                    self._tell(f"rank {rank} did not come back within {self.timeout_s:g} s: this run ends")
+                    os._exit(FAULT)
                 (complained.add if complaint else complained.discard)(rank)
+
+    def _tell(self, what: str) -> None:
+        if self.ranks.rank <= 1:  # of rank 0's silence one is enough to tell
+            LOG.error("%s", what)
 
 
 def _key(rank: int) -> str:
