@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Command, free_port, subprocess_environment
+from background import TRAIN, Training
+from conftest import ROOT, Command
 from safetensors.torch import load_file
 
 from corpus import RECIPE, few_utterances, losses, utterances
 from graft.run_dir import checkpoint_steps, step_folder
 
-TRAIN, PRECOMPUTE = ROOT / "launch" / "train.py", ROOT / "shards" / "precompute.py"
+PRECOMPUTE = ROOT / "shards" / "precompute.py"
 NUM_STEPS = 6
 QUICK = [
     f"stage1.max_steps={NUM_STEPS}",
@@ -113,36 +112,6 @@ def assert_same_to_rounding(run_dir: Path, other: Path) -> None:
     assert max(apart.values()) < 1e-3, apart
 
 
-def start(words: list[str], run_dir: Path) -> subprocess.Popen:
-    """Stage 1 in the background, in a process group of its own."""
-    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-    line = [*launcher, str(TRAIN), str(RECIPE), "--stage", "1", *words, f"run.dir={run_dir}"]
-    return subprocess.Popen(
-        line, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def ranks_of(run_dir: Path) -> list[int]:
-    """Process ids of the two ranks (not of their launchers) that write to ``run_dir``."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if f"run.dir={run_dir}" in line and any(word.startswith("--local_rank") for word in line):
-            found.append(int(folder.name))
-    return found
-
-
-def wait_for_checkpoint(run_dir: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not checkpoint_steps(run_dir):
-        assert process.poll() is None, process.stdout.read().decode()[-3000:]
-        assert time.monotonic() < deadline, "no checkpoint within 300 s"
-        time.sleep(0.02)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["asked to stop", "killed"])
 def test_one_rank_is_stopped_then_the_same_command_again(
@@ -150,18 +119,15 @@ def test_one_rank_is_stopped_then_the_same_command_again(
 ) -> None:
     """SIGTERM on one rank: all save and exit 75. SIGKILL: the launcher fails. Resumed, the run is the straight one."""
     run_dir = tmp_path / "run"
-    process = start(words, run_dir)
+    training = Training(words, run_dir)
     try:
-        wait_for_checkpoint(run_dir, process)
-        pids = ranks_of(run_dir)
+        training.wait_for(r"saved \S+step-00000002")
+        pids = training.ranks()
         assert len(pids) == 2
         os.kill(pids[1], number)
-        process.communicate(timeout=120)
+        assert training.wait() != 0
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
-    assert not ranks_of(run_dir), "a rank was left behind"
+        training.end()
     run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", timeout_s=400)
     assert_same_run(run_dir, straight)
 

@@ -92,7 +92,7 @@ class Heartbeat:
         self.patience_s, self.timeout_s = patience_s, timeout_s
         self.pulses: dict[int, Pulse] = {}
         self._interval_s = min(patience_s / BEATS_IN_PATIENCE, MOST_BETWEEN_BEATS_S)
-        self._ended = threading.Event()
+        self._beats, self._ended = 0, threading.Event()
 
     def __enter__(self) -> Heartbeat:
         if self.ranks.world_size > 1:
@@ -104,21 +104,20 @@ class Heartbeat:
         self._ended.set()
 
     def _talk(self) -> None:
-        try:
-            store = dist.TCPStore(  # a connection of its own: the main thread's may be busy waiting
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-                timeout=timedelta(seconds=self.patience_s),
-            )  # fmt: skip
-            beat = 0
-            while not self._ended.wait(self._interval_s):
-                beat += 1
-                store.set(_key(self.ranks.rank), self._said(beat))
-                self._pass_on_stop(store)
-                for rank in self._watched():
-                    if store.check([_key(rank)]):
-                        self._hear(rank, json.loads(store.get(_key(rank))))
-        except (dist.DistError, RuntimeError):  # rank 0 has ended: the collectives tell that by themselves
-            return
+        while not self._ended.wait(self._interval_s):
+            try:
+                self._talk_to(_own_connection(self.patience_s))
+            except (dist.DistError, RuntimeError):  # lost, and sought again; where rank 0 has ended nobody minds
+                continue
+
+    def _talk_to(self, store: dist.Store) -> None:
+        while not self._ended.wait(self._interval_s):
+            self._beats += 1
+            store.set(_key(self.ranks.rank), self._said(self._beats))
+            self._pass_on_stop(store)
+            for rank in self._watched():
+                if store.check([_key(rank)]):
+                    self._hear(rank, json.loads(store.get(_key(rank))))
 
     def _watched(self) -> list[int]:
         """The ranks whose pulse this one listens to."""
@@ -166,6 +165,12 @@ class Heartbeat:
     def _tell(self, what: str) -> None:
         if self.ranks.rank <= 1:  # of rank 0's silence one is enough to tell
             LOG.error("%s", what)
+
+
+def _own_connection(timeout_s: float) -> dist.Store:
+    """Another connection to the store in which the ranks met: the main thread's may be busy waiting."""
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _key(rank: int) -> str:
