@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from graft.recipe import Recipe
-from graft.train.claim import RUN_FILE, claim
+from graft.run_dir import step_folder, whole_folder
+from graft.train.claim import RUN_FILE, beginning, claim
 
 BASES = {"whisper": "openai/whisper-large-v3-turbo", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct"}
 
@@ -126,3 +127,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     with pytest.raises(ValueError, match="holds tensorboard of something that is not a run of ours"):
         claim(tmp_path, recipe(), 1, {})
+
+
+def test_a_stage_2_from_elsewhere_numbers_its_steps_on(tmp_path: Path) -> None:
+    """At step 0 its checkpoints would stand before those of the folder's own stage 1, and be the first to go."""
+    for folder, step in ((tmp_path / "run", 40), (tmp_path / "other", 7)):
+        with whole_folder(step_folder(folder, step)) as checkpoint:
+            (checkpoint / "state.json").write_text(json.dumps({"stage": 1, "step": step}))
+    position, start = beginning(tmp_path / "run", 2, tmp_path / "other")
+    assert (position.step, position.first_step, position.stage_step) == (40, 40, 0)
+    assert start == step_folder(tmp_path / "other", 7)
+    assert beginning(tmp_path / "fresh", 2, tmp_path / "other")[0].step == 0

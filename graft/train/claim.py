@@ -12,7 +12,15 @@ from graft.model.assemble import load_trained
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lora import add_lora
 from graft.recipe import Recipe
-from graft.run_dir import best_steps, find_checkpoint, read_state, step_folder, verify_checkpoint, write_whole
+from graft.run_dir import (
+    best_steps,
+    checkpoint_steps,
+    find_checkpoint,
+    read_state,
+    step_folder,
+    verify_checkpoint,
+    write_whole,
+)
 from graft.train.checkpoint import Position, newest, position_of
 from graft.train.guard import differences
 
@@ -76,8 +84,9 @@ def beginning(run_dir: Path, stage: int, start_from: Path | None) -> tuple[Posit
         return position_of(resumed), resumed
     if stage == 1:
         return Position(stage=1, step=0, first_step=0), _checked(start_from)
-    if start_from:
-        return Position(stage=2, step=0, first_step=0), _checked(start_from)
+    if start_from:  # steps are numbered on, so that stage 1 of this very folder keeps its checkpoints and curves
+        step = max(checkpoint_steps(run_dir), default=0)
+        return Position(stage=2, step=step, first_step=step), _checked(start_from)
     last = newest(run_dir, 1)
     if last is None:
         raise ValueError(
