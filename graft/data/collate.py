@@ -91,6 +91,16 @@ class Batch:
         return self.input_ids.numel()
 
     @property
+    def num_audio_tokens(self) -> int:
+        """Placeholders of all utterances, where they are known."""
+        return 0 if self.audio_places is None else len(self.audio_places)
+
+    @property
+    def num_attended_pairs(self) -> float:
+        """Pairs of positions of which causal attention lets one see the other: half a square per utterance."""
+        return float((self.attention_mask.sum(1) ** 2).sum()) / 2
+
+    @property
     def num_frames(self) -> int:
         """Encoder frames of all utterances, without padding."""
         return int(self.audio_feature_lengths.sum())
