@@ -60,8 +60,7 @@ class Loop:
         steps = self.feed.steps(position.stage_step, self.stage.max_steps)
         with contextlib.closing(steps), self.profile:
             while True:
-                with self.meter.pause():
-                    stopped = self._save_and_evaluate(position, start, last_step)
+                stopped = self._save_and_evaluate(position, start, last_step)
                 if stopped or position.step == last_step:
                     LOG.info("%s", self.meter.verdict())
                     return not stopped
@@ -112,10 +111,10 @@ class Loop:
         stopping = self._stops(position, start) and (is_due or not ended)
         saves = is_due or ended or stopping or position.stage_step % self.recipe.run.checkpoint_every == 0
         if saves and position.step > start:
-            with self.meter.phases(SAVE):
+            with self.meter.pause(), self.meter.phases(SAVE):
                 self._save(position)
         if is_due and not stopping:
-            with self.meter.phases(EVALUATE):
+            with self.meter.pause(), self.meter.phases(EVALUATE):
                 stopping = not self._evaluate(position)
         return stopping
 
