@@ -45,7 +45,7 @@ def test_nothing_is_read_before_the_update(seen: dict) -> None:
     """
     (made_1, updated_1), (made_8, updated_8) = seen["reads"].values()
     assert made_1 == made_8 == (2 if seen["offload"] else 0)
-    assert 0 < updated_1 == updated_8 <= 8, seen["reads"]
+    assert 0 < updated_1 == updated_8 <= (9 if seen["offload"] else 8), seen["reads"]  # as DeepSpeed 0.19.8 does
 
 
 def test_learning_rates_are_the_groups_own(seen: dict) -> None:
