@@ -33,6 +33,8 @@ LAYOUT = {
     },
     "Speed": {
         "audio seconds per second": ["Multiline", ["train/audio_seconds_per_second"]],
+        "tokens per second": ["Multiline", ["train/tokens_per_second"]],
+        "model FLOP utilisation": ["Multiline", ["train/mfu"]],
         "lost": ["Multiline", ["train/padding", "train/data_wait"]],
     },
 }

@@ -2,7 +2,7 @@
 
     deepspeed launch/train.py recipes/tiny.yaml --stage 1
     deepspeed --num_gpus 8 launch/train.py recipes/whisper-turbo_qwen2-vl-7b.yaml --stage 2 run.dir=runs/7b
-    deepspeed --hostfile hosts launch/train.py my.yaml --stage 1 stage1.learning_rate=5e-4
+    deepspeed --hostfile hosts launch/train.py my.yaml --stage 1 stage1.learning_rate=5e-4 --profile
 
 Run the same command again and it goes on where it stopped, on any number of ranks. Exit code 75: stopped on request,
 checkpoint saved.
@@ -39,8 +39,10 @@ from graft.train.feed import Feed
 from graft.train.guard import check_alike, inputs_of
 from graft.train.heartbeat import Heartbeat
 from graft.train.loop import Evaluate, Loop
-from graft.train.meter import StepMeter, flops_per_token
+from graft.train.meter import StepMeter
+from graft.train.profile import Profile, StepProfile
 from graft.train.stopping import StopRequest
+from graft.train.utilisation import model_flops, peak_of
 
 LOG = logging.getLogger("graft.train")
 NUM_CLIPS = 3  # to listen to in TensorBoard
@@ -53,12 +55,12 @@ def main(arguments: argparse.Namespace) -> int:
     ranks = start_process_group(recipe.run.timeout_s, recipe.run.start_timeout_s)
     try:
         with Heartbeat(ranks, stop_request, recipe.run.patience_s, recipe.run.timeout_s) as heartbeat:
-            return train(recipe, arguments.stage, arguments.start_from, heartbeat)
+            return train(recipe, arguments.stage, arguments.start_from, heartbeat, arguments.profile)
     finally:
         stop()
 
 
-def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heartbeat) -> int:
+def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heartbeat, profiled: bool = False) -> int:
     """From a recipe to a trained stage."""
     run_dir, stage, ranks = Path(recipe.run.dir), recipe.stage(number), heartbeat.ranks
     ds_config = resolve_ds_config(recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json", stage)
@@ -91,8 +93,9 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
         tracker,
         recipe,
         stage,
-        StepMeter(ranks, engine.device, flops_per_token(graft.model)),
+        meter(engine, graft, recipe, ranks),
         heartbeat,
+        StepProfile(run_dir, ranks, engine.device) if profiled else Profile(),
     )
     complete = loop.run(position)
     tracker.close()
@@ -143,6 +146,13 @@ def assembled(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks
     graft = assemble(recipe, device=ranks.device())
     dress(graft.model, recipe, number, checkpoint)
     return graft
+
+
+def meter(engine: Engine, graft: Assembled, recipe: Recipe, ranks: Ranks) -> StepMeter:
+    """What measures the steps; says of what the model FLOP utilisation (MFU) is a share."""
+    peak = peak_of(engine.device, recipe.run.precision)
+    LOG.info("MFU is a share of %.3g TFLOP/s a rank: %s", peak.flops / 1e12, peak.source)
+    return StepMeter(ranks, engine.device, model_flops(graft.model), peak)
 
 
 def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, feed: Feed) -> None:
@@ -205,5 +215,6 @@ if __name__ == "__main__":
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--profile", action="store_true", help="trace a few steps into <run.dir>/profile")
     parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN_DIR_OR_CHECKPOINT")
     command.run(main, parser)

@@ -68,6 +68,9 @@ def test_training_is_padded_on_the_right(template: PromptTemplate) -> None:
     assert batch.audio_features.dtype == torch.bfloat16
     assert batch.audio_features[:, :, 0].tolist() == [[5.0] * 5, [1.0, 0.0, 0.0, 0.0, 0.0]]
     assert batch.audio_feature_lengths.tolist() == [5, 1]
+    assert batch.audio_places.tolist() == [2, 3, 4, 11]  # of 2 x 10 positions
+    assert batch.audio_tokens.tolist() == [0, 1, 2, 3]  # of 2 x 3 audio tokens, the last two padding
+    assert batch.label_positions.tolist() == [5, 6, 7, 8, 12, 13]  # each predicts the next one's label
     assert (batch.num_label_tokens, batch.num_padding, batch.num_positions, batch.num_frames) == (6, 5, 20, 6)
 
 
@@ -82,7 +85,8 @@ def test_generation_is_padded_on_the_left(template: PromptTemplate) -> None:
 def test_model_inputs_of_training(template: PromptTemplate) -> None:
     batch = collate_training([sample("a", 3, "c")], template)
     assert set(batch.model_inputs()) == {
-        "input_ids", "attention_mask", "labels", "audio_features", "audio_feature_lengths",
+        "input_ids", "labels", "audio_features", "audio_feature_lengths",
+        "audio_places", "audio_tokens", "label_positions",
     }  # fmt: skip
     assert batch.model_inputs()["labels"] is batch.labels
 
@@ -127,6 +131,8 @@ def change(tensor: torch.Tensor, row: int, column: int, value: int) -> torch.Ten
         (lambda b: {"input_ids": b.input_ids.int()}, "input_ids is torch.int32"),
         (lambda b: {"attention_mask": b.attention_mask[:, 1:]}, "attention_mask"),
         (lambda b: {"attention_mask": change(b.attention_mask, 1, slice(None), 0)}, "padding only"),
+        (lambda b: {"attention_mask": change(b.attention_mask, 1, 0, 0)}, "padding in front"),
+        (lambda b: {"audio_tokens": None}, "go together"),
         (lambda b: {"labels": b.labels[:, :-1]}, "labels"),
         (lambda b: {"labels": change(b.labels, 1, -1, PAD)}, "a label on padding"),
         (lambda b: {"labels": change(b.labels, 0, -1, 5)}, "not the token it stands on"),

@@ -38,6 +38,16 @@ def test_one_reduction_per_step(seen: dict) -> None:
     assert seen["reductions"] == {"1 micro-batch": 1, "8 micro-batches": 1}
 
 
+def test_nothing_is_read_before_the_update(seen: dict) -> None:
+    """On a GPU each reading waits. DeepSpeed's are in the update, at one point and as many whatever was added up.
+
+    Offloading copies the reduced gradients to the host before it, and reads the norm of each of the two weights.
+    """
+    (made_1, updated_1), (made_8, updated_8) = seen["reads"].values()
+    assert made_1 == made_8 == (2 if seen["offload"] else 0)
+    assert 0 < updated_1 == updated_8 <= (9 if seen["offload"] else 8), seen["reads"]  # as DeepSpeed 0.19.8 does
+
+
 def test_learning_rates_are_the_groups_own(seen: dict) -> None:
     """Adam's first update has the size of the learning rate: half of 0.1 for one, half of 0.01 for the other."""
     assert seen["first_update"] == pytest.approx([0.05, 0.005], rel=1e-4)

@@ -15,7 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
 from graft.model.assemble import Assembled, assemble, export, load_trained, save_trained
 from graft.model.encoder import SpeechEncoder
-from graft.model.grafted import AudioGraftForConditionalGeneration, label_positions, unless_padded_behind
+from graft.model.grafted import AudioGraftForConditionalGeneration, find_label_positions, unless_padded_behind
 from graft.model.lora import add_lora, enable_lora, is_lora_name, merge_lora
 from graft.model.trainable import select_trainable
 
@@ -308,7 +308,7 @@ def test_a_mask_is_dropped_only_where_padding_stands_behind() -> None:
 
 def test_label_positions_by_hand() -> None:
     labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100], [9, -100, -100, 4]])
-    assert label_positions(labels).tolist() == [1, 2, 4, 10]
+    assert find_label_positions(labels).tolist() == [1, 2, 4, 10]
 
 
 def test_loss_is_that_of_full_logits(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:

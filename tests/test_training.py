@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -78,6 +81,25 @@ def test_one_rank_takes_the_same_steps_as_two(
     """Without a launcher too. Sums in another order differ in the last digits, no more."""
     run_python(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}", timeout_s=400)
     assert_same_to_rounding(tmp_path / "run", straight)
+
+
+def test_a_profile_changes_nothing(words: list[str], straight: Path, run_launcher: Command, tmp_path: Path) -> None:
+    """The same bits with ``--profile``; a trace of each rank, a table, and at the end what bound the run."""
+    run_dir = tmp_path / "run"
+    line = [TRAIN, RECIPE, "--stage", "1", *words, "--profile", f"run.dir={run_dir}"]
+    told = run_launcher(*line, timeout_s=400).stdout
+    assert_same_run(run_dir, straight)
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((run_dir / "profile" / f"rank-{rank}.6.pt.trace.json.gz").read_bytes()))
+        names = {event["name"] for event in trace["traceEvents"]}
+        assert {f"graft::{name}" for name in ("read", "forward", "backward", "reduce", "update", "agree")} <= names
+    shares = re.search(r"ms a step: product (\d+)%, attention \d+%, elementwise \d+%, communication \d+%", told)
+    assert shares and int(shares[1]) > 0
+    assert re.search(r"MFU is a share of \S+ TFLOP/s a rank: the CPU, best product", told)
+    assert re.search(
+        r"bound by [\w ]+: \d+% of the time in forward and backward \(MFU \d\.\d+\), .* for other ranks", told
+    )
+    assert len(re.findall(r"tok/s .* mfu +\d+\.\d%", told)) == NUM_STEPS
 
 
 def test_four_ranks_take_the_same_steps_as_two(

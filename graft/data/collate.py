@@ -2,13 +2,14 @@
 
 Training sequences are padded on the right, prompts for generation on the left.
 
-B: utterances    T: positions    F: encoder frames    D: numbers per frame
+B: utterances    T: positions    F: encoder frames    D: numbers per frame    A: audio tokens of the longest
+L: label positions    P: audio placeholders
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ class Batch:
 
     ids: B utterance ids                 input_ids, attention_mask, labels: (B, T) int64
     audio_features: (B, F, D)            audio_feature_lengths: (B,) int64, frames of each that are real
+
+    What the model would else have to read from a GPU's memory, all int64:
+    audio_places: (P,) into the B * T positions, where a placeholder stands; None: the model looks for them
+    audio_tokens: (P,) into the B * A audio tokens, which of them stands there
+    label_positions: (L,) into the B * T positions whose next label is learnt; follows from ``labels``
     """
 
     ids: tuple[str, ...]
@@ -31,6 +37,9 @@ class Batch:
     labels: torch.Tensor | None
     audio_features: torch.Tensor
     audio_feature_lengths: torch.Tensor
+    audio_places: torch.Tensor | None = None
+    audio_tokens: torch.Tensor | None = None
+    label_positions: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -45,7 +54,11 @@ class Batch:
         assert features.ndim == 3 and len(features) == len(self.ids), f"audio_features {tuple(features.shape)}"
         assert features.is_floating_point(), f"audio_features is {features.dtype}"
         assert lengths.shape == (len(self.ids),), f"audio_feature_lengths {tuple(lengths.shape)}"
+        assert (self.audio_places is None) == (self.audio_tokens is None), "audio_places and audio_tokens go together"
         self._check_values()
+        if self.labels is not None:
+            learnt = torch.nn.functional.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # nothing follows the last
+            object.__setattr__(self, "label_positions", learnt.flatten().nonzero().flatten())
 
     def _check_values(self) -> None:
         lengths = self.audio_feature_lengths.tolist()
@@ -54,6 +67,7 @@ class Batch:
         assert mask.any(dim=1).all(), "a row is padding only"
         if self.labels is None:
             return
+        assert not (mask[:, 1:] > mask[:, :-1]).any(), "padding in front of a token to learn from"
         learnt = self.labels != IGNORE_INDEX
         assert not (learnt & ~mask).any(), "a label on padding"
         assert torch.equal(self.labels[learnt], self.input_ids[learnt]), "a label is not the token it stands on"
@@ -77,6 +91,16 @@ class Batch:
         return self.input_ids.numel()
 
     @property
+    def num_audio_tokens(self) -> int:
+        """Placeholders of all utterances, where they are known."""
+        return 0 if self.audio_places is None else len(self.audio_places)
+
+    @property
+    def num_attended_pairs(self) -> float:
+        """Pairs of positions of which causal attention lets one see the other: half a square per utterance."""
+        return float((self.attention_mask.sum(1) ** 2).sum()) / 2
+
+    @property
     def num_frames(self) -> int:
         """Encoder frames of all utterances, without padding."""
         return int(self.audio_feature_lengths.sum())
@@ -93,8 +117,12 @@ class Batch:
         return _unchecked(self, {name: value.pin_memory() for name, value in tensors.items()})
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The tensors by the names of the model's ``forward``."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        """The tensors by the names of the model's ``forward``.
+
+        A training batch goes without its mask: padding stands behind, where causal attention never looks.
+        """
+        left_out = "attention_mask" if self.labels is not None else None
+        return {n: value for n, value in vars(self).items() if isinstance(value, torch.Tensor) and n != left_out}
 
 
 def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
@@ -112,6 +140,7 @@ def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate)
     longest = max(len(ids) for ids, _ in rows)
     return _batch(
         samples,
+        template,
         input_ids=[ids + [template.pad_token_id] * (longest - len(ids)) for ids, _ in rows],
         attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
         labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
@@ -127,6 +156,7 @@ def collate_generation(samples: Sequence[FeatureSample], template: PromptTemplat
     longest = max(len(ids) for ids in rows)
     return _batch(
         samples,
+        template,
         input_ids=[[template.pad_token_id] * (longest - len(ids)) + ids for ids in rows],
         attention_mask=[[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows],
         labels=None,
@@ -135,19 +165,35 @@ def collate_generation(samples: Sequence[FeatureSample], template: PromptTemplat
 
 def _batch(
     samples: Sequence[FeatureSample],
+    template: PromptTemplate,
     input_ids: list[list[int]],
     attention_mask: list[list[int]],
     labels: list[list[int]] | None,
 ) -> Batch:
     features = [sample.audio_features for sample in samples]
+    rows = torch.tensor(input_ids)
+    num_tokens = [template.num_audio_tokens(len(f)) for f in features]
     return Batch(
         ids=tuple(sample.id for sample in samples),
-        input_ids=torch.tensor(input_ids),
+        input_ids=rows,
         attention_mask=torch.tensor(attention_mask),
         labels=None if labels is None else torch.tensor(labels),
         audio_features=torch.nn.utils.rnn.pad_sequence(features, batch_first=True),  # (B, F, D), zeros behind
         audio_feature_lengths=torch.tensor([len(f) for f in features]),
+        **(_audio_places(rows == template.audio_token_id, num_tokens) if labels is not None else {}),
     )
+
+
+def _audio_places(is_audio: torch.Tensor, num_tokens: list[int]) -> dict[str, torch.Tensor]:
+    """Where the placeholders (B, T) stand and which audio token belongs there, one audio in each row.
+
+    For training alone: ``generate`` looks for itself, once per prompt.
+    """
+    counts = is_audio.sum(1).tolist()
+    assert counts == num_tokens, f"{counts} placeholders for {num_tokens} audio tokens, per row"
+    tokens = torch.arange(max(num_tokens)) < torch.tensor(num_tokens).unsqueeze(1)  # (B, A): the others are padding
+    places = {"audio_places": is_audio, "audio_tokens": tokens}
+    return {name: where.flatten().nonzero().flatten() for name, where in places.items()}
 
 
 def _unchecked(batch: Batch, tensors: dict[str, Any]) -> Batch:

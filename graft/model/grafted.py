@@ -2,7 +2,11 @@
 
 B: rows of the batch    T: positions    N: audios in the batch, in the order of their placeholders (one per row in
 training)    W: encoder windows, >= N    F: encoder frames    D: size of a frame    A: audio tokens, ceil(F / k)
-H: hidden size    V: rows of the embedding matrix    L: label positions
+H: hidden size    V: rows of the embedding matrix    L: label positions    P: placeholders
+
+Where labels and placeholders stand follows from the values of tensors, and to look at a value is to wait for a GPU. Who
+knows beforehand (``graft/data/collate.py``) says so in ``label_positions``, ``audio_places`` and ``audio_tokens``, and
+leaves out a mask that only hides what stands behind: then nothing here waits.
 """
 
 from __future__ import annotations
@@ -104,18 +108,22 @@ class AudioGraftModel(Qwen2VLModel):
         inputs_embeds: torch.Tensor,
         audio_features: torch.Tensor,
         audio_feature_lengths: torch.Tensor | None,
+        matched: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``inputs_embeds`` (B, T, H) with the audio embeddings at their placeholders.
 
+        ``matched``: which audio token stands where, (P,) flat positions, (P,) flat tokens; None: they are looked for.
+
         Raises:
-            ValueError: if runs of placeholders and audios do not fit each other, in order.
+            ValueError: if runs of placeholders and audios do not fit each other, in order. Of ``matched`` only the
+                number can be checked without waiting for the device.
         """
         if audio_feature_lengths is None:
             audio_feature_lengths = torch.full((len(audio_features),), audio_features.shape[1])
         audio_feature_lengths = audio_feature_lengths.to(input_ids.device)
         num_tokens = self.num_audio_tokens(audio_feature_lengths)
         width = lengths.audio_tokens(audio_features.shape[1], self.config.stack_factor)
-        places, tokens = _match(input_ids == self.config.audio_token_id, num_tokens, width)
+        places, tokens = matched or _match(input_ids == self.config.audio_token_id, num_tokens, width)
         audio_embeds = self.project(audio_features, audio_feature_lengths).to(inputs_embeds.dtype)
         packed = audio_embeds.flatten(0, 1).index_select(0, tokens)
         return inputs_embeds.flatten(0, 1).index_copy(0, places, packed).view_as(inputs_embeds)
@@ -130,9 +138,13 @@ class AudioGraftModel(Qwen2VLModel):
         input_features: torch.Tensor | None = None,
         audio_features: torch.Tensor | None = None,
         audio_feature_lengths: torch.Tensor | None = None,
+        audio_places: torch.Tensor | None = None,
+        audio_tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Qwen2-VL's forward with audio: either ``input_features`` (mels) or ``audio_features`` (encoder frames).
+
+        ``audio_places`` and ``audio_tokens``, both or neither: see :meth:`merge_audio`.
 
         Raises:
             ValueError: if both are given, or audio without ``input_ids``.
@@ -146,7 +158,8 @@ class AudioGraftModel(Qwen2VLModel):
                 raise ValueError("audio needs input_ids: they say where its placeholders are")
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_features, audio_feature_lengths)
+            matched = None if audio_places is None else (audio_places, audio_tokens)
+            inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_features, audio_feature_lengths, matched)
         if position_ids is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self.rope_deltas = None  # an earlier generate() leaves its batch's offsets here: not ours
         # input_ids go along with inputs_embeds: the parent finds images in them and computes M-RoPE positions from
@@ -220,6 +233,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         audio_features: torch.Tensor | None = None,
         audio_feature_lengths: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """As the parent's, with audio, and with logits at label positions only.
@@ -229,6 +243,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             input_features: mels (W, n_mels, 2F) instead, for the audio tower.
             labels: (B, T), IGNORE_INDEX where nothing is to be learnt. Position t predicts label t + 1.
             num_items_in_batch: the loss is the sum over label positions divided by this; None: by their number.
+            label_positions: what :func:`find_label_positions` says of ``labels``, (L,); None: it is asked.
+            kwargs: ``audio_places`` and ``audio_tokens`` of :meth:`AudioGraftModel.forward` among others.
 
         Returns:
             Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32).
@@ -255,11 +271,11 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         )
         if labels is None:
             return super().forward(use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
-        predicts = label_positions(labels)  # before the layers run: on a GPU this waits, and now nothing is under way
+        # before the layers run: on a GPU finding them waits, and now nothing is under way
+        predicts = find_label_positions(labels) if label_positions is None else label_positions
         outputs = self.model(use_cache=bool(use_cache), **inputs)
-        hidden = outputs.last_hidden_state.flatten(0, 1)[predicts]
-        logits = self.lm_head(hidden)
-        loss = summed_cross_entropy(logits, labels.flatten()[predicts + 1])
+        logits = self.lm_head(outputs.last_hidden_state.flatten(0, 1).index_select(0, predicts))
+        loss = summed_cross_entropy(logits, labels.flatten().index_select(0, predicts + 1))
         count = len(predicts) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss / max(count, 1) if isinstance(count, int) else loss / count.to(loss.device).clamp(min=1),
@@ -313,8 +329,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         return {"audio_features": audio_features[order], "audio_feature_lengths": audio_feature_lengths[order]}
 
 
-def label_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Indices (L,) into the flattened (B * T) positions whose *next* label is to be learnt."""
+def find_label_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Indices (L,) into the flattened (B * T) positions whose *next* label is to be learnt. Waits for a GPU."""
     learnt = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # the last position of a row predicts nothing
     return learnt.flatten().nonzero().flatten()
 
@@ -323,7 +339,7 @@ def unless_padded_behind(attention_mask: torch.Tensor | None) -> torch.Tensor | 
     """None for a mask (B, T) of ones and then zeros in each row, or the mask.
 
     Causal attention never looks at what stands behind. Without a mask it takes the faster kernel, whose keys and values
-    are not repeated for every head. On a GPU this waits for the host, as :func:`label_positions` does.
+    are not repeated for every head. The host waits for a GPU here, as in :func:`find_label_positions`.
     """
     if attention_mask is None or attention_mask.ndim != 2 or (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         return attention_mask
@@ -357,7 +373,7 @@ def _join_windows(frames: torch.Tensor, frame_lengths: torch.Tensor) -> torch.Te
 def _match(is_audio: torch.Tensor, num_tokens: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which audio token stands where: indices into the flat (B * T) positions, and into the flat (N * A) tokens.
 
-    On a GPU this waits for the host. It is done before the layers run, when nothing is under way.
+    The host waits for a GPU here. It is done before the layers run, when nothing is under way.
     """
     places = is_audio.flatten().nonzero().flatten()
     valid = _valid(num_tokens, width)

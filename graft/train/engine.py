@@ -97,8 +97,11 @@ class Engine:
         """Add the gradients of ``loss``."""
         self._engine.backward(loss)
 
-    def step(self, share_of_peak: float) -> tuple[float, bool]:
+    def step(self, share_of_peak: float) -> tuple[Tensor | float, bool]:
         """Clip and update; gradients are cleared.
+
+        Whether all gradients are finite is agreed on in one small collective and read on the host, which waits here
+        for a GPU; the norm is read by whoever needs it.
 
         Returns:
             The gradient norm before clipping, and whether the update was made: a gradient that is not finite on
@@ -107,7 +110,7 @@ class Engine:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share_of_peak
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Adam's moments of every trained parameter, whole, named ``<moment>/<parameter>``. Every rank must call."""

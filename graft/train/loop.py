@@ -6,10 +6,11 @@ stopped in the middle of one begins with it again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from graft.recipe import Recipe, Stage
 from graft.tracker import NullTracker
@@ -18,6 +19,8 @@ from graft.train.engine import Engine
 from graft.train.feed import Feed, StepInput
 from graft.train.heartbeat import Heartbeat
 from graft.train.meter import Clock, StepMeter, console_line
+from graft.train.phases import AGREE, EVALUATE, PROFILE, READ, SAVE, WRITE
+from graft.train.profile import Profile
 from graft.train.schedule import scheduled_share
 from graft.train.step import StepResult, train_step
 
@@ -45,6 +48,7 @@ class Loop:
     stage: Stage
     meter: StepMeter
     heartbeat: Heartbeat
+    profile: Profile = field(default_factory=Profile)
 
     def run(self, position: Position) -> bool:
         """Train; returns whether the stage is complete (else it was stopped, with a checkpoint saved)."""
@@ -54,34 +58,40 @@ class Loop:
         self.checkpoints.forget_evaluations_after(position)
         self.heartbeat.stop.gently()
         steps = self.feed.steps(position.stage_step, self.stage.max_steps)
-        try:
+        with contextlib.closing(steps), self.profile:
             while True:
-                with self.meter.pause():
-                    stopped = self._save_and_evaluate(position, start, last_step)
+                stopped = self._save_and_evaluate(position, start, last_step)
                 if stopped or position.step == last_step:
+                    LOG.info("%s", self.meter.verdict())
                     return not stopped
-                self.heartbeat.heart.works(f"reading step {position.step + 1}")
-                waiting = time.perf_counter()
-                inputs = next(steps)
-                waited_s = time.perf_counter() - waiting
-                result = self._step(inputs, position)
+                inputs, num_label_tokens, waited_s = self._read(steps, position)
+                result = self._step(inputs, num_label_tokens, position)
                 self.meter.add(result, inputs.micro_batches, waited_s)
                 if position.stage_step % self.recipe.run.log_every == 0 or position.step in (start + 1, last_step):
-                    self._log(position, inputs, result, last_step)
-        finally:
-            steps.close()
+                    with self.meter.phases(WRITE):
+                        self._log(position, inputs, result, last_step)
+                with self.meter.pause():
+                    self.profile.step(position.step)
+                    self.meter.phases.mark(PROFILE)
 
-    def _step(self, inputs: StepInput, position: Position) -> StepResult:
-        self.heartbeat.heart.waits(f"step {position.step + 1} read")
-        (num_label_tokens,) = self.heartbeat.ranks.sum([inputs.num_label_tokens])
+    def _read(self, steps: Iterator[StepInput], position: Position) -> tuple[StepInput, int, float]:
+        """This rank's input of the next step, the label tokens of all ranks, and how long the input was waited for."""
+        with self.meter.phases(READ):
+            self.heartbeat.heart.works(f"reading step {position.step + 1}")
+            waiting = time.perf_counter()
+            inputs = next(steps)
+            waited_s = time.perf_counter() - waiting
+            self.heartbeat.heart.waits(f"step {position.step + 1} read")
+            (num_label_tokens,) = self.heartbeat.ranks.sum([inputs.num_label_tokens])
+        return inputs, int(num_label_tokens), waited_s
+
+    def _step(self, inputs: StepInput, num_label_tokens: int, position: Position) -> StepResult:
         self.heartbeat.heart.works(f"computing step {position.step + 1}")
         share = self._share_of_peak(position.stage_step)
         first_seed = (self.recipe.run.seed << 40) + (position.step << 16)
         seeds = [first_seed + number for number in inputs.numbers]  # of a micro-batch, on whatever rank it is
-        precision = self.recipe.run.precision
-        result = train_step(
-            self.engine, inputs.micro_batches, seeds, int(num_label_tokens), share, precision, self.heartbeat.heart
-        )
+        told = (self.recipe.run.precision, self.heartbeat.heart, self.meter.phases)
+        result = train_step(self.engine, inputs.micro_batches, seeds, num_label_tokens, share, *told)
         position.step += 1
         if self.recipe.run.log_utterances:
             self.tracker.utterances(position.step, inputs.ids)
@@ -101,9 +111,11 @@ class Loop:
         stopping = self._stops(position, start) and (is_due or not ended)
         saves = is_due or ended or stopping or position.stage_step % self.recipe.run.checkpoint_every == 0
         if saves and position.step > start:
-            self._save(position)
+            with self.meter.pause(), self.meter.phases(SAVE):
+                self._save(position)
         if is_due and not stopping:
-            stopping = not self._evaluate(position)
+            with self.meter.pause(), self.meter.phases(EVALUATE):
+                stopping = not self._evaluate(position)
         return stopping
 
     def _save(self, position: Position) -> None:
@@ -142,6 +154,7 @@ class Loop:
 
     def _stops(self, position: Position, start: int) -> bool:
         """Whether any rank was asked to stop; all ranks answer alike."""
-        self.heartbeat.heart.waits(f"step {position.step} done")
-        (asked,) = self.heartbeat.ranks.sum([self.heartbeat.stop.asked])
+        with self.meter.phases(AGREE):
+            self.heartbeat.heart.waits(f"step {position.step} done")
+            (asked,) = self.heartbeat.ranks.sum([self.heartbeat.stop.asked])
         return asked > 0 or position.step - start == self.recipe.run.stop_after

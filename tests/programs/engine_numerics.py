@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.ranks import stop
 from graft.recipe import Stage
@@ -41,7 +42,8 @@ def step(engine: Engine, values: list[float], share: float = 0.5) -> tuple[float
     with engine.one_reduction():
         for value in values:
             engine.backward(engine(x=value))
-    return engine.step(share)
+    norm, applied = engine.step(share)
+    return float(norm), applied
 
 
 def reductions(engine: Engine, values: list[float]) -> int:
@@ -58,6 +60,26 @@ def reductions(engine: Engine, values: list[float]) -> int:
     for name, original in originals.items():
         setattr(dist, name, original)
     return sum(size > 1 for size in calls)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host read a tensor."""
+
+    num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func.overloadpacket.__name__ in {"_local_scalar_dense", "nonzero", "masked_select"}
+        return func(*args, **(kwargs or {}))
+
+
+def reads(engine: Engine, values: list[float]) -> tuple[int, int]:
+    """How often the host reads a tensor: until gradients are reduced, and in the update."""
+    with Reads() as making, engine.one_reduction():
+        for value in values:
+            engine.backward(engine(x=value))
+    with Reads() as updating:
+        engine.step(0.5)
+    return making.num_reads, updating.num_reads
 
 
 def copied(model: nn.Module) -> dict:
@@ -82,6 +104,8 @@ seen["not_finite"] = {"applied": applied, "moved": most_moved(before, weights | 
 seen["moments_nonzero"] = all(tensor.abs().min().item() > 0 for tensor in moments.values())
 step(engine, [ranks.rank + 2.0])
 straight = copied(model)
+seen["offload"] = "offload" in Path(sys.argv[-2]).name
+seen["reads"] = {"1 micro-batch": reads(engine, [1.0]), "8 micro-batches": reads(engine, [1.0] * 8)}
 engine.close()
 model, engine = make(weights)
 engine.load_optimizer_state(moments, num_updates=4)
