@@ -23,6 +23,7 @@ class Batch:
 
     ids: B utterance ids                 input_ids, attention_mask, labels: (B, T) int64
     audio_features: (B, F, D)            audio_feature_lengths: (B,) int64, frames of each that are real
+    num_shared: the first positions that hold the same text in every row; audio and labels stand behind them
     """
 
     ids: tuple[str, ...]
@@ -31,6 +32,7 @@ class Batch:
     labels: torch.Tensor | None
     audio_features: torch.Tensor
     audio_feature_lengths: torch.Tensor
+    num_shared: int = 0
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -52,10 +54,14 @@ class Batch:
         assert min(lengths) >= 1 and max(lengths) == self.audio_features.shape[1], f"lengths {lengths}"
         mask = self.attention_mask.bool()
         assert mask.any(dim=1).all(), "a row is padding only"
+        shared = self.input_ids[:, : self.num_shared]
+        assert torch.equal(shared, shared[:1].expand_as(shared)), f"rows differ in their first {self.num_shared} ids"
+        assert mask[:, : self.num_shared].all(), "padding where rows share their beginning"
         if self.labels is None:
             return
         learnt = self.labels != IGNORE_INDEX
         assert not (learnt & ~mask).any(), "a label on padding"
+        assert not learnt[:, : self.num_shared + 1].any(), "a label that the rows' shared beginning would predict"
         assert torch.equal(self.labels[learnt], self.input_ids[learnt]), "a label is not the token it stands on"
         without = [self.ids[i] for i in (~learnt.any(dim=1)).nonzero().flatten().tolist()]
         if without:
@@ -92,9 +98,10 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return _unchecked(self, {name: value.pin_memory() for name, value in tensors.items()})
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The tensors by the names of the model's ``forward``."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+    def model_inputs(self) -> dict[str, Any]:
+        """Tensors, and in training the number of shared positions, by the names of the model's ``forward``."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return tensors if self.labels is None else {**tensors, "num_shared": self.num_shared}
 
 
 def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
@@ -115,6 +122,7 @@ def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate)
         input_ids=[ids + [template.pad_token_id] * (longest - len(ids)) for ids, _ in rows],
         attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
         labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
+        num_shared=template.num_shared(sample.instruction for sample in samples),
     )
 
 
@@ -138,6 +146,7 @@ def _batch(
     input_ids: list[list[int]],
     attention_mask: list[list[int]],
     labels: list[list[int]] | None,
+    num_shared: int = 0,
 ) -> Batch:
     features = [sample.audio_features for sample in samples]
     return Batch(
@@ -147,6 +156,7 @@ def _batch(
         labels=None if labels is None else torch.tensor(labels),
         audio_features=torch.nn.utils.rnn.pad_sequence(features, batch_first=True),  # (B, F, D), zeros behind
         audio_feature_lengths=torch.tensor([len(f) for f in features]),
+        num_shared=num_shared,
     )
 
 
