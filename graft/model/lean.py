@@ -115,7 +115,7 @@ class LeanRMSNorm(Qwen2VLRMSNorm):
 
 
 class LeanMLP(Qwen2MLP):
-    """Keeps gate and up, and not what becomes of them."""
+    """Keeps gate and up, and not what becomes of them. Its activation is SiLU, as in every Qwen2-VL."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
