@@ -111,11 +111,16 @@ def batch(clips: Sequence[int], frames: Sequence[int], stack_factor: int) -> Bat
         labels=ids.masked_fill(~learnt, IGNORE_INDEX),
         audio_features=pad_sequence(features, batch_first=True),
         audio_feature_lengths=torch.tensor(frames),
+        num_shared=BEFORE,
     )
 
 
 def _clip(clip: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (F, D) in bf16, and the ids of prompt and reply: random, the same for every stacking and padding."""
+    """Frames (F, D) in bf16, and the ids of prompt and reply: the same for every stacking and padding.
+
+    All clips have one prompt, as utterances in training have.
+    """
     chance = torch.Generator().manual_seed(1000 + clip)
     words = torch.randint(2, VOCAB - 2, (BEFORE + AFTER + REPLY,), generator=chance)
+    words[: BEFORE + AFTER] = torch.arange(2, 2 + BEFORE + AFTER)
     return torch.randn(frames, FRAME_SIZE, generator=chance).bfloat16(), words

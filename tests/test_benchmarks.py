@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, losses, mini, report, saved, zero2
+from benchmarks import harness, losses, mini, report, saved, steps, zero2
 from benchmarks.harness import Figure, Round, Spent
 from graft.data.prompt import IGNORE_INDEX
 
@@ -112,6 +112,14 @@ def test_a_step_holds_every_clip_once_at_its_length() -> None:
         expected = [20 + -(-frames[int(id.split()[1])] // 8) + 10 + 30 for id in batch.ids]
         assert batch.attention_mask.sum(1).tolist() == expected
         assert (batch.labels != IGNORE_INDEX).sum(1).tolist() == [30] * len(batch.ids)
+
+
+def test_flops_executed_by_hand() -> None:
+    """Two rows of 62 that share 20: 104 positions up to the last q, k, v; 2 x 30 labels behind them."""
+    batch = mini.batch([0, 1], [8, 4], stack_factor=4)
+    qkv, rest = 448 * (448 + 64 + 64), 448 * 448 + 3 * 448 * 2368
+    flops = 4 * (104 * (7 * qkv + 6 * rest) + 60 * (rest + 448 * 4752))
+    assert steps.executed(batch) == pytest.approx(flops * 1e-9)
 
 
 def test_saved_storages_count_once_and_parameters_not() -> None:

@@ -86,16 +86,34 @@ def test_model_inputs_of_training(template: PromptTemplate) -> None:
     batch = collate_training([sample("a", 3, "c")], template)
     assert set(batch.model_inputs()) == {
         "input_ids", "labels", "audio_features", "audio_feature_lengths",
-        "audio_places", "audio_tokens", "label_positions",
+        "audio_places", "audio_tokens", "label_positions", "num_shared",
     }  # fmt: skip
     assert batch.model_inputs()["labels"] is batch.labels
+
+
+@pytest.mark.parametrize(("instructions", "num_shared"), [(["ab", "ab"], 2), (["abc", "abd"], 2), (["ab", "g"], 0)])
+def test_rows_share_what_stands_before_the_audio(
+    template: PromptTemplate, instructions: list[str], num_shared: int
+) -> None:
+    samples = [sample(name, 3, "c", name) for name in instructions]
+    assert collate_training(samples, template).num_shared == num_shared
+
+
+def test_a_wrong_shared_beginning(batch: Batch) -> None:
+    """input_ids: 1 2 audio audio 26 3 4 end, 1 2 audio 26 5 end padding padding."""
+    with pytest.raises(AssertionError, match="rows differ in their first 4 ids"):
+        replace(batch, num_shared=4)
+    with pytest.raises(AssertionError, match="beginning would predict"):
+        replace(batch, input_ids=change(batch.input_ids, 0, 2, 9), labels=change(batch.labels, 0, 2, 9))
 
 
 def test_moving_keeps_everything(template: PromptTemplate) -> None:
     batch = collate_training([sample("a", 3, "c")], template)
     moved = batch.to("cpu")
     assert isinstance(moved, Batch) and moved.ids == ("a",)
-    assert all(torch.equal(value, moved.model_inputs()[name]) for name, value in batch.model_inputs().items())
+    inputs, again = batch.model_inputs(), moved.model_inputs()
+    assert inputs.pop("num_shared") == again.pop("num_shared") == 2
+    assert all(torch.equal(value, again[name]) for name, value in inputs.items())
     assert batch.to("meta").input_ids.device.type == "meta"
     assert collate_generation([sample("a", 3, "")], template).to("cpu").labels is None
 
@@ -131,7 +149,8 @@ def change(tensor: torch.Tensor, row: int, column: int, value: int) -> torch.Ten
         (lambda b: {"input_ids": b.input_ids.int()}, "input_ids is torch.int32"),
         (lambda b: {"attention_mask": b.attention_mask[:, 1:]}, "attention_mask"),
         (lambda b: {"attention_mask": change(b.attention_mask, 1, slice(None), 0)}, "padding only"),
-        (lambda b: {"attention_mask": change(b.attention_mask, 1, 0, 0)}, "padding in front"),
+        (lambda b: {"attention_mask": change(b.attention_mask, 1, 0, 0)}, "padding where rows share"),
+        (lambda b: {"attention_mask": change(b.attention_mask, 1, 0, 0), "num_shared": 0}, "padding in front"),
         (lambda b: {"audio_tokens": None}, "go together"),
         (lambda b: {"labels": b.labels[:, :-1]}, "labels"),
         (lambda b: {"labels": change(b.labels, 1, -1, PAD)}, "a label on padding"),

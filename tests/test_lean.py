@@ -10,7 +10,7 @@ import torch
 
 from graft.model.assemble import assemble
 from graft.model.grafted import AudioGraftForConditionalGeneration
-from graft.model.lean import save_less
+from graft.model.lean import Line, save_less
 from graft.model.lora import add_lora
 from graft.model.trainable import select_trainable
 from graft.recipe import Lora
@@ -31,8 +31,8 @@ def trained(folder: Path, precision: str, lean: bool) -> AudioGraftForConditiona
 
 
 def step(model: AudioGraftForConditionalGeneration, precision: str) -> tuple[list[torch.Tensor], int]:
-    """Loss and gradients, and the bytes of what was kept for them."""
-    ids = torch.arange(7, 7 + B * T).view(B, T)
+    """Loss and gradients, and the bytes of what was kept for them; positions by hand keep the rows apart."""
+    ids, positions = torch.arange(7, 7 + B * T).view(B, T), torch.arange(T).expand(3, B, T)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def step(model: AudioGraftForConditionalGeneration, precision: str) -> tuple[lis
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
     size = sum(storage.nbytes() for storage in kept.values())
     loss.backward()
     return [loss, *(p.grad for p in model.parameters() if p.grad is not None)], size
@@ -56,6 +56,61 @@ def test_same_bits_and_less_kept(tmp_path: Path, precision: str, item: int) -> N
     assert any(gradient.abs().max() > 0 for gradient in lean[1:])
     silu_of_gate = B * T * tiny.TEXT["intermediate_size"] * item * tiny.TEXT["num_hidden_layers"]
     assert much - little >= silu_of_gate
+
+
+@pytest.fixture
+def padded() -> dict[str, torch.Tensor]:
+    """Two rows that begin with the same three ids, 4 and 2 labels, the second row padded with two."""
+    ids, mask = torch.arange(7, 7 + B * T).view(B, T), torch.ones(B, T, dtype=torch.int64)
+    ids[1, :3], mask[1, -2:] = ids[0, :3], 0
+    labels = torch.full_like(ids, -100)
+    labels[0, -4:], labels[1, 4:6] = ids[0, -4:], ids[1, 4:6]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model: AudioGraftForConditionalGeneration) -> list[torch.Tensor]:
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("num_shared", "computed"), [(0, 2 * 11), (3, 3 + 2 * 8)])
+def test_on_a_line_less_is_computed_and_the_gradients_are_the_same(
+    tmp_path: Path, padded: dict[str, torch.Tensor], num_shared: int, computed: int
+) -> None:
+    model = trained(tmp_path, "fp32", lean=True)
+    by_hand = model(**padded, position_ids=torch.arange(T).expand(3, B, T), use_cache=False)
+    by_hand.loss.backward()
+    expected, seen = gradients(model), []
+    for layer in model.model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    output = model(**padded, num_shared=num_shared, use_cache=False)
+    output.loss.backward()
+    assert seen == [computed] * (len(model.model.language_model.layers) - 1) + [4 + 2]
+    torch.testing.assert_close(output.logits, by_hand.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.loss, by_hand.loss, rtol=1e-6, atol=0)
+    for mine, theirs in zip(gradients(model), expected, strict=True):
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_what_is_not_plain_training_keeps_its_rows(tmp_path: Path, padded: dict[str, torch.Tensor]) -> None:
+    """A mask with padding in front, a cache, positions by hand: rows cannot share their beginning."""
+    model, widths = trained(tmp_path, "fp32", lean=True), []
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape))
+    in_front = {**padded, "attention_mask": padded["attention_mask"].flip(1)}
+    for inputs, cache in ((in_front, False), (padded, True)):
+        assert torch.isfinite(model(**inputs, num_shared=3, use_cache=cache).loss)
+    assert [tuple(shape[:2]) for shape in widths] == [(B, T), (B, T)]
+
+
+def test_rows_become_a_line_and_rows_again() -> None:
+    rows = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 7, 8]])
+    line = Line.of(rows.shape, num_shared=2, predicts=torch.tensor([2, 7, 10]))
+    assert line.join(rows).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert torch.equal(line.part(line.join(rows)), rows)
+    assert line.pick(line.join(rows)).tolist() == [[3, 6, 7]]
+    alone = Line.of(rows[:1].shape, num_shared=2, predicts=torch.tensor([3]))
+    assert alone.join(rows[:1]).data_ptr() == rows.data_ptr(), "one row shares with none: nothing is copied"
 
 
 def test_names_and_weights_stay(tmp_path: Path) -> None:

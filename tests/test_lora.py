@@ -8,6 +8,7 @@ import pytest
 import tiny_bases as tiny
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -224,6 +225,38 @@ def test_merging_leaves_a_plain_model(model: AudioGraftForConditionalGeneration,
     merge_lora(model)
     assert not has_lora(model) and set(model.state_dict()) == names
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_a_fused_layer_is_pefts(tmp_path: Path, precision: str, tolerance: float) -> None:
+    """Output and gradients of q_proj, which has a bias, in the base's precision with adapters in fp32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    folders = tiny.whisper_folder(tmp_path / "w"), tiny.qwen2_vl_folder(tmp_path / "q", dtype=dtype)
+    model = assemble(tiny.recipe(*folders, run={"precision": precision})).model
+    add_lora(model, Lora(r=4, alpha=12))
+    disturb(model)
+    layer = model.model.language_model.layers[0].self_attn.q_proj
+    layer.get_base_layer().bias.data.normal_()
+    found = []
+    for forward in (layer.forward, lambda x: Linear.forward(layer, x)):
+        x = torch.randn(2, 5, 48, dtype=dtype, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = forward(x)
+        pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *pair))])
+    assert type(found[0][0].grad_fn).__name__ != type(found[1][0].grad_fn).__name__, "the two ways are one"
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_dropout_is_pefts_own(model: AudioGraftForConditionalGeneration) -> None:
+    """In training a dropped input differs from draw to draw; in evaluation nothing is dropped."""
+    add_lora(model, Lora(r=4, dropout=0.5))
+    disturb(model)
+    layer, x = model.model.language_model.layers[0].self_attn.q_proj, torch.ones(1, 3, 48)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
 
 
 def test_autocast_keeps_no_copy_of_layer_inputs(tmp_path: Path) -> None:

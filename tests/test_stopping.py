@@ -117,6 +117,17 @@ def test_asked_before_there_is_anything_to_save(start: Callable[..., Training]) 
     assert not checkpoint_steps(training.run_dir)
 
 
+def test_the_launcher_dies_before_its_ranks_have_seen_it(start: Callable[..., Training]) -> None:
+    """They are importing still, and find themselves orphans: nobody would see how they end."""
+    training = start()
+    while len(training.ranks()) < 2:
+        assert training.process.poll() is None, training.log.read_text()[-3000:]
+        time.sleep(0.02)
+    os.kill(training.launcher(), signal.SIGKILL)
+    training.wait()
+    assert not checkpoint_steps(training.run_dir)
+
+
 def test_a_silent_rank_is_named_and_may_come_back(start: Callable[..., Training], straight: Path) -> None:
     """A rank stands still for longer than the patience: it is named; it goes on, and so does the run."""
     training = start()

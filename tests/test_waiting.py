@@ -73,14 +73,14 @@ def batch(graft: Assembled) -> Batch:
     return collate_training(SAMPLES, PromptTemplate.from_processor(graft.processor, SYSTEM, INSTRUCTION))
 
 
-def told_to_look(batch: Batch) -> dict[str, torch.Tensor]:
+def told_to_look(batch: Batch) -> dict[str, Any]:
     """What a direct caller gives: the mask, and not what stands where."""
     told = {"audio_places", "audio_tokens", "label_positions"}
     inputs = {name: value for name, value in batch.model_inputs().items() if name not in told}
     return inputs | {"attention_mask": batch.attention_mask}
 
 
-def loss_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return model(**inputs, num_items_in_batch=7, use_cache=False).loss
 
@@ -96,11 +96,11 @@ def test_nothing_is_read_in_forward_and_backward(graft: Assembled, batch: Batch)
     graft.model.zero_grad()
 
 
-def without_values(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> FakeTensor:
+def without_values(model: torch.nn.Module, inputs: dict[str, Any]) -> FakeTensor:
     """The loss, with its backward pass, by tensors that have no values."""
     with FakeTensorMode() as mode:
         weights = {name: mode.from_tensor(p) for name, p in [*model.named_parameters(), *model.named_buffers()]}
-        given = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        given = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
         named = {f"model.{name}": weight for name, weight in weights.items()}
         loss = torch.func.functional_call(Loss(model), named, (given,))
         loss.backward()
@@ -112,7 +112,7 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         return loss_of(self.model, inputs)
 
 
@@ -158,7 +158,8 @@ def test_batches_are_copied_in_the_background(batch: Batch) -> None:
     with Copies() as copies:
         moved = batch.to("meta")
     assert copies.non_blocking == [True] * 8
-    assert all(tensor.device.type == "meta" for tensor in moved.model_inputs().values())
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 8 and all(tensor.device.type == "meta" for tensor in tensors)
 
 
 def test_batches_for_a_gpu_are_page_locked(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

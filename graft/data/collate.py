@@ -24,6 +24,7 @@ class Batch:
 
     ids: B utterance ids                 input_ids, attention_mask, labels: (B, T) int64
     audio_features: (B, F, D)            audio_feature_lengths: (B,) int64, frames of each that are real
+    num_shared: the first positions that hold the same text in every row; audio and labels stand behind them
 
     What the model would else have to read from a GPU's memory, all int64:
     audio_places: (P,) into the B * T positions, where a placeholder stands; None: the model looks for them
@@ -37,6 +38,7 @@ class Batch:
     labels: torch.Tensor | None
     audio_features: torch.Tensor
     audio_feature_lengths: torch.Tensor
+    num_shared: int = 0
     audio_places: torch.Tensor | None = None
     audio_tokens: torch.Tensor | None = None
     label_positions: torch.Tensor | None = field(init=False, default=None)
@@ -65,11 +67,15 @@ class Batch:
         assert min(lengths) >= 1 and max(lengths) == self.audio_features.shape[1], f"lengths {lengths}"
         mask = self.attention_mask.bool()
         assert mask.any(dim=1).all(), "a row is padding only"
+        shared = self.input_ids[:, : self.num_shared]
+        assert torch.equal(shared, shared[:1].expand_as(shared)), f"rows differ in their first {self.num_shared} ids"
+        assert mask[:, : self.num_shared].all(), "padding where rows share their beginning"
         if self.labels is None:
             return
         assert not (mask[:, 1:] > mask[:, :-1]).any(), "padding in front of a token to learn from"
         learnt = self.labels != IGNORE_INDEX
         assert not (learnt & ~mask).any(), "a label on padding"
+        assert not learnt[:, : self.num_shared + 1].any(), "a label that the rows' shared beginning would predict"
         assert torch.equal(self.labels[learnt], self.input_ids[learnt]), "a label is not the token it stands on"
         without = [self.ids[i] for i in (~learnt.any(dim=1)).nonzero().flatten().tolist()]
         if without:
@@ -116,13 +122,16 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return _unchecked(self, {name: value.pin_memory() for name, value in tensors.items()})
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The tensors by the names of the model's ``forward``.
+    def model_inputs(self) -> dict[str, Any]:
+        """The model's ``forward`` arguments by their names.
 
         A training batch goes without its mask: padding stands behind, where causal attention never looks.
         """
-        left_out = "attention_mask" if self.labels is not None else None
-        return {n: value for n, value in vars(self).items() if isinstance(value, torch.Tensor) and n != left_out}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        if self.labels is None:
+            return tensors
+        del tensors["attention_mask"]
+        return {**tensors, "num_shared": self.num_shared}
 
 
 def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
@@ -144,6 +153,7 @@ def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate)
         input_ids=[ids + [template.pad_token_id] * (longest - len(ids)) for ids, _ in rows],
         attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
         labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
+        num_shared=template.num_shared(sample.instruction for sample in samples),
     )
 
 
@@ -169,6 +179,7 @@ def _batch(
     input_ids: list[list[int]],
     attention_mask: list[list[int]],
     labels: list[list[int]] | None,
+    num_shared: int = 0,
 ) -> Batch:
     features = [sample.audio_features for sample in samples]
     rows = torch.tensor(input_ids)
@@ -180,6 +191,7 @@ def _batch(
         labels=None if labels is None else torch.tensor(labels),
         audio_features=torch.nn.utils.rnn.pad_sequence(features, batch_first=True),  # (B, F, D), zeros behind
         audio_feature_lengths=torch.tensor([len(f) for f in features]),
+        num_shared=num_shared,
         **(_audio_places(rows == template.audio_token_id, num_tokens) if labels is not None else {}),
     )
 

@@ -9,8 +9,9 @@ A: audio tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 from graft.data.loader import Entry
@@ -72,6 +73,10 @@ class PromptTemplate:
     def after_ids(self) -> tuple[int, ...]:
         """Ids between the audio and the reply, with the default instruction."""
         return self._parts_of(self.instruction).after
+
+    def num_shared(self, instructions: Iterable[str | None]) -> int:
+        """Positions before the audio that begin the prompts of all ``instructions`` in the same way."""
+        return len(commonprefix([self._parts_of(each or self.instruction).before for each in instructions]))
 
     def prompt_ids(self, num_audio_tokens: int, instruction: str | None = None) -> list[int]:
         """Ids up to where the model's reply begins, with ``num_audio_tokens`` placeholders."""

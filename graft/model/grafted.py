@@ -30,6 +30,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from graft import lengths
 from graft.model.config import FEATURE_DTYPE, AudioGraftConfig
+from graft.model.lean import Line, runs_on_a_line
 from graft.model.projector import build_projector
 
 IGNORE_INDEX = -100
@@ -140,11 +141,13 @@ class AudioGraftModel(Qwen2VLModel):
         audio_feature_lengths: torch.Tensor | None = None,
         audio_places: torch.Tensor | None = None,
         audio_tokens: torch.Tensor | None = None,
+        line: Line | None = None,
         **kwargs: Any,
     ) -> Any:
         """Qwen2-VL's forward with audio: either ``input_features`` (mels) or ``audio_features`` (encoder frames).
 
         ``audio_places`` and ``audio_tokens``, both or neither: see :meth:`merge_audio`.
+        With ``line`` the language model runs on it, and ``last_hidden_state`` is (1, L, H).
 
         Raises:
             ValueError: if both are given, or audio without ``input_ids``.
@@ -162,6 +165,13 @@ class AudioGraftModel(Qwen2VLModel):
             inputs_embeds = self.merge_audio(input_ids, inputs_embeds, audio_features, audio_feature_lengths, matched)
         if position_ids is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self.rope_deltas = None  # an earlier generate() leaves its batch's offsets here: not ours
+        if line is not None:
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            rows, width = inputs_embeds.shape[:2]
+            positions = torch.arange(width, device=inputs_embeds.device).expand(rows, width)
+            inputs_embeds, position_ids = line.join(inputs_embeds), line.join(positions)
+            kwargs["line"], input_ids, attention_mask = line, None, None
         # input_ids go along with inputs_embeds: the parent finds images in them and computes M-RoPE positions from
         # them. Audio counts as text there (mm_token_type_ids 0): all three positions are equal.
         return super().forward(
@@ -234,6 +244,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         audio_feature_lengths: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
+        num_shared: int = 0,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """As the parent's, with audio, and with logits at label positions only.
@@ -243,14 +254,17 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             input_features: mels (W, n_mels, 2F) instead, for the audio tower.
             labels: (B, T), IGNORE_INDEX where nothing is to be learnt. Position t predicts label t + 1.
             num_items_in_batch: the loss is the sum over label positions divided by this; None: by their number.
+            num_shared: the first positions that hold the same text in every row, no audio and no label: worked on once.
             label_positions: what :func:`find_label_positions` says of ``labels``, (L,); None: it is asked.
             kwargs: ``audio_places`` and ``audio_tokens`` of :meth:`AudioGraftModel.forward` among others.
 
         Returns:
-            Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32).
+            Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32). Hidden states, if
+            asked for, are then those of a :class:`Line` where the language model runs on one.
         """
         places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
-        if labels is not None and all(place is None for place in places):
+        plain = labels is not None and all(place is None for place in places)
+        if plain:
             attention_mask = unless_padded_behind(attention_mask)
         inputs = dict(
             input_ids=input_ids,
@@ -273,8 +287,11 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             return super().forward(use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
         # before the layers run: on a GPU finding them waits, and now nothing is under way
         predicts = find_label_positions(labels) if label_positions is None else label_positions
-        outputs = self.model(use_cache=bool(use_cache), **inputs)
-        logits = self.lm_head(outputs.last_hidden_state.flatten(0, 1).index_select(0, predicts))
+        on_a_line = plain and attention_mask is None and not use_cache and runs_on_a_line(self.model.language_model)
+        line = Line.of(labels.shape, num_shared, predicts) if on_a_line else None
+        outputs = self.model(use_cache=bool(use_cache), line=line, **inputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        logits = self.lm_head(hidden if on_a_line else hidden.index_select(0, predicts))
         loss = summed_cross_entropy(logits, labels.flatten().index_select(0, predicts + 1))
         count = len(predicts) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(

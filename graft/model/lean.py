@@ -1,18 +1,107 @@
-"""Less memory for the backward pass at almost no work: cheap elementwise results are made again, not kept.
+"""Less memory and less work in training, with the same values.
 
-Of a decoder layer's tensors the backward pass needs the inputs of both norms, q, k, v, the attention's output, gate and
-up. Stock Qwen2-VL also keeps SiLU(gate) and fp32 copies of the norms' inputs, half as much again. Values and gradients
-are the same to the last bit; no matrix product is computed twice, unlike with gradient checkpointing.
+*Kept for the backward pass.* Of a decoder layer's tensors it needs the inputs of both norms, q, k, v, the attention's
+output, gate and up. Stock Qwen2-VL also keeps SiLU(gate) and fp32 copies of the norms' inputs, half as much again. Here
+cheap elementwise results are made again instead; no matrix product is computed twice, unlike with gradient
+checkpointing.
+
+*Computed.* Attention is causal: where all rows of a batch begin with the same prompt, the positions of that prompt are
+the same in each, and are computed once. What follows the last layer's attention is needed only where a label is.
+
+B: rows    T: positions of a row    S: of these, the first that are the same in all rows    H: hidden size
+N: positions that are computed, S + B * (T - S)    L: label positions
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSNorm
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2MLP,
+    Qwen2VLAttention,
+    Qwen2VLDecoderLayer,
+    Qwen2VLRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """B rows of T positions as one line of N: the shared beginning, then the rest of each row.
+
+    ``wanted`` (L,) are the indices into the line whose last hidden states are asked for.
+    """
+
+    num_rows: int
+    num_shared: int
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, shape: torch.Size, num_shared: int, predicts: Tensor) -> Line:
+        """A line of rows (B, T); ``predicts`` (L,) are indices into all B * T, behind the shared beginning."""
+        num_shared = num_shared if shape[0] > 1 else 0
+        row = predicts.div(shape[1], rounding_mode="floor")
+        return cls(shape[0], num_shared, predicts - row * num_shared)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...)."""
+        rest = rows[:, self.num_shared :].flatten(0, 1).unsqueeze(0)
+        return torch.cat([rows[:1, : self.num_shared], rest], dim=1) if self.num_shared else rest
+
+    def part(self, line: Tensor) -> Tensor:
+        """(1, N, ...) -> (B, T, ...)."""
+        rest = line[0, self.num_shared :].unflatten(0, (self.num_rows, -1))
+        if not self.num_shared:
+            return rest
+        return torch.cat([line[:, : self.num_shared].expand(self.num_rows, *[-1] * (line.ndim - 1)), rest], dim=1)
+
+    def pick(self, line: Tensor) -> Tensor:
+        """(1, N, ...) -> (1, L, ...)."""
+        return line.index_select(1, self.wanted)
+
+
+class LeanAttention(Qwen2VLAttention):
+    """On a line: projections and rotations of each position once, causal attention of each row."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        line: Line | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(1, N, H) -> (1, N, H), or (1, L, H) in the last layer; without ``line`` as the parent's."""
+        if line is None:
+            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k, v = (line.part(heads).transpose(1, 2) for heads in (q, k, v))
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
+        attended = line.join(attended.transpose(1, 2)).flatten(2)
+        return self.o_proj(line.pick(attended) if _is_last(self) else attended), None
+
+
+class LeanDecoderLayer(Qwen2VLDecoderLayer):
+    """On a line, the last layer goes on from its attention with the wanted positions alone."""
+
+    def forward(self, hidden_states: Tensor, line: Line | None = None, **kwargs: Any) -> Tensor:
+        """(1, N, H) -> (1, N, H), or (1, L, H) in the last layer; without ``line`` as the parent's."""
+        if line is None:
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), line=line, **kwargs)
+        hidden_states = attended + (line.pick(hidden_states) if _is_last(self.self_attn) else hidden_states)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class LeanRMSNorm(Qwen2VLRMSNorm):
@@ -26,23 +115,50 @@ class LeanRMSNorm(Qwen2VLRMSNorm):
 
 
 class LeanMLP(Qwen2MLP):
-    """Keeps gate and up, and not what becomes of them."""
+    """Keeps gate and up, and not what becomes of them. Its activation is SiLU, as in every Qwen2-VL."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        return self.down_proj(_made_again(self._gated, self.gate_proj(x), self.up_proj(x)))
-
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.act_fn(gate) * up
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {Qwen2VLRMSNorm: LeanRMSNorm, Qwen2MLP: LeanMLP}
+class _Gated(torch.autograd.Function):
+    """SiLU(gate) * up: the values and gradients of the two operations, in as few passes as they allow."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    Qwen2VLRMSNorm: LeanRMSNorm,
+    Qwen2MLP: LeanMLP,
+    Qwen2VLAttention: LeanAttention,
+    Qwen2VLDecoderLayer: LeanDecoderLayer,
+}
 
 
 def save_less(language_model: nn.Module) -> None:
-    """Let the norms and MLPs of a Qwen2-VL language model keep less, in place; names and weights stay."""
+    """Let a Qwen2-VL language model keep and compute less in training, in place; names and weights stay."""
     for module in language_model.modules():
         module.__class__ = _LEAN.get(type(module), type(module))
+
+
+def runs_on_a_line(language_model: nn.Module) -> bool:
+    """Whether :func:`save_less` prepared it, and its attention is plain causal SDPA."""
+    causal = language_model.config._attn_implementation == "sdpa" and not language_model.has_sliding_layers
+    return causal and isinstance(language_model.layers[-1], LeanDecoderLayer)
+
+
+def _is_last(attention: Qwen2VLAttention) -> bool:
+    return attention.layer_idx == attention.config.num_hidden_layers - 1
 
 
 def _made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -10,19 +10,66 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 DEFAULT_TARGETS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 ADAPTER = "default"  # PEFT's name for the only adapter; it stands in parameter names
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _LANGUAGE_MODEL = re.compile(r"model\.(language_model\.)?layers\.\d+\..+")  # transformers 5 and 4
+
+
+class FusedLinear(Linear):
+    """PEFT's adapted layer; in training without dropout, with nothing between the matrix products."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out)."""
+        base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else a.dtype
+        drops = self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+        trains = torch.is_grad_enabled() and not (drops or self.disable_adapters or self.merged)
+        if not trains or not (autocast or x.dtype == dtype):
+            return super().forward(x, *args, **kwargs)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        x, weight, a, b = (tensor.to(dtype) for tensor in (x, base.weight, a, b))
+        return _Adapted.apply(x, weight, bias, a, b, self.scaling[ADAPTER])
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + bias + scaling B A x of a frozen W: B A x is added within the product that makes it, its gradient likewise.
+
+    Products with r rows, not r columns: on a CPU they take a half to a quarter of the time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        low = (a @ x.flatten(0, -2).t()).mul_(scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
+        y = F.linear(x, weight, bias)
+        y.flatten(0, -2).addmm_(low.t(), b.t())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_low = (b.t() @ grad.t()).mul_(ctx.scaling)
+        grad_x = (grad @ weight).addmm_(grad_low.t(), a).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_low @ x.flatten(0, -2), (low @ grad).t(), None
 
 
 class LoraSettings(Protocol):
@@ -175,6 +222,7 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._cast_input_dtype = _cast_unless_autocast
+            module.__class__ = FusedLinear
 
 
 @torch.no_grad()

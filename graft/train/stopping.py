@@ -17,6 +17,7 @@ from pathlib import Path
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # launcher, Ctrl-C, Slurm's --signal=USR1@120
 ONE_REQUEST_S = 2.0  # the whole job is signalled and the launcher passes it on: several signals, one request
 POLL_S = 1.0
+UNDER_A_LAUNCHER = "CROSS_RANK"  # DeepSpeed's launcher sets it for the ranks that it starts
 
 
 class StopRequest:
@@ -52,8 +53,14 @@ class StopRequest:
             ready, _, _ = select.select([self._ear], [], [], POLL_S)
             if ready:
                 self._hear(os.read(self._ear, 1)[0])
-            elif not self.asked and self._launchers != _ancestors(len(self._launchers)):
+            elif not self.asked and self._is_orphan():
                 self._hear(signal.SIGTERM)
+
+    def _is_orphan(self) -> bool:
+        """Whether a launcher is gone: one that was there in the beginning, or one that died even before that."""
+        if not self._launchers:
+            return UNDER_A_LAUNCHER in os.environ
+        return self._launchers != _ancestors(len(self._launchers))
 
     def _hear(self, number: int) -> None:
         if number not in SIGNALS:
