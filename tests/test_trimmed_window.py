@@ -111,11 +111,13 @@ def test_trimmed_frames_are_others_but_near(full: SpeechEncoder, trimmed: Speech
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 48_000), min_size=1, max_size=6))
-def test_neighbours_in_the_batch_change_no_bit(trimmed: SpeechEncoder, sizes: list[int]) -> None:
-    """Lengths that share a window and lengths that do not, in any order."""
+def test_neighbours_in_the_batch_change_nothing(trimmed: SpeechEncoder, sizes: list[int]) -> None:
+    """Lengths that share a window and lengths that do not, in any order: in fp32, but for the products' rounding."""
     waveforms = [noise(size, seed) for seed, size in enumerate([*sizes, 9_000, 11_000, 9_001])]
-    for waveform, frames in zip(waveforms, trimmed.encode(waveforms), strict=True):
-        torch.testing.assert_close(frames, trimmed.encode([waveform])[0], rtol=0, atol=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graft.model.encoder.FEATURE_DTYPE", FP32)
+        for waveform, frames in zip(waveforms, trimmed.encode(waveforms), strict=True):
+            torch.testing.assert_close(frames, trimmed.encode([waveform])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_no_forward_pads(trimmed: SpeechEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +156,11 @@ def test_a_model_that_holds_its_encoder_hears_full_windows(tmp_path: Path) -> No
         assemble(made, with_encoder=True)
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal, but for one bit of bf16: products of more rows are rounded otherwise."""
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-5)
+
+
 def recipe(manifest: Path, shards: Path, base: str, window: str = "trimmed", **data: object) -> Recipe:
     return Recipe(
         bases={"whisper": base, "qwen2_vl": "none"},
@@ -186,7 +193,7 @@ def test_shards_hold_each_utterances_frames_in_the_manifests_order(
     assert [entry.id for entry in opened.entries] == [line["id"] for line in lines]
     for number, line in enumerate(lines):
         waveform, _ = soundfile.read(manifest.parent / line["audio_filepath"], dtype="float32")
-        assert torch.equal(opened.read(number), trimmed.encode([waveform])[0]), number
+        assert_same(opened.read(number), trimmed.encode([waveform])[0])
     assert verify_set(made / "train").faults == []
 
 
@@ -261,7 +268,7 @@ def test_online_features_are_those_of_the_shards(made: Path, manifest: Path, bas
     online = Sources(recipe(manifest, tmp_path, base, features="online"), Ranks(), "cpu").open("train")
     wanted = [13, 2, 7, 0]
     for ours, theirs in zip(online.read_many(wanted), shards.read_many(wanted), strict=True):
-        assert torch.equal(ours, theirs)
+        assert_same(ours, theirs)
 
 
 def test_transcribe_hears_as_the_run_was_trained(tmp_path: Path) -> None:
