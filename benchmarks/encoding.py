@@ -1,14 +1,17 @@
-"""Encoding speech: mels and the frames of a whisper-tiny-shaped encoder, ours against Hugging Face's own calls.
+"""Encoding speech: mels and the frames of a whisper-tiny-shaped encoder, ours against what others call.
 
-Ours is what ``shards/precompute.py`` calls: ``log_mels`` and ``SpeechEncoder.encode``. The peer calls the extractor as
-its documentation shows, one clip at a time, and stock ``WhisperEncoder`` on the same batches. Seconds are of speech.
+Ours is what ``shards/precompute.py`` calls: ``log_mels`` and ``SpeechEncoder.encode``, over full windows (exact) and
+over trimmed ones. The peers call Hugging Face's extractor as its documentation shows, one clip at a time, and then
+stock ``WhisperEncoder`` or CTranslate2's int8 ``Whisper.encode`` on the same batches. Seconds are of speech.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +19,17 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 
 from benchmarks import harness, mini
 from benchmarks.harness import Figure
-from graft.lengths import SAMPLE_RATE, SAMPLES_PER_ENCODER_FRAME, encoder_frames
+from graft.data import shard_format
+from graft.lengths import (
+    ENCODER_FRAMES_PER_SECOND,
+    SAMPLE_RATE,
+    SAMPLES_PER_ENCODER_FRAME,
+    encoder_frames,
+)
 from graft.model.config import FEATURE_DTYPE
 from graft.model.encoder import SpeechEncoder, log_mels
 
+CLIP_S, TURBO_SIZE = 10, 1280  # of the counted bytes: seconds of a clip, and a frame of whisper-large-v3-turbo
 BATCH = 16  # the default of audio.encode_batch_size
 TINY = {
     "d_model": 384,
@@ -34,29 +44,52 @@ TINY = {
 GEMM = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
 
 
+HF, CT2 = "Hugging Face's extractor and encoder", "Hugging Face's extractor and CTranslate2's int8 encoder"
+COMPARED = (  # figure, slower side, faster side, target, what is told
+    ("enc.mel", "hf mels", "our mels", ">= 4", "full 30 s windows, ours / Hugging Face's extractor"),
+    ("enc.tiny", "hf frames", "our frames", ">= 1.5", f"full 30 s windows, ours / {HF}"),
+    ("enc.tiny.trimmed", "hf frames", "trimmed frames", ">= 3", f"trimmed windows, ours / {HF} over full ones"),
+    ("enc.tiny.ct2", "ct2 frames", "our frames", ">= 1.0", f"full 30 s windows, ours / {CT2}"),
+    ("enc.tiny.ct2.trimmed", "ct2 frames", "trimmed frames", "", f"trimmed windows, ours / {CT2} over full ones"),
+)
+
+
 def report() -> Iterator[Figure]:
-    """Mels alone, then mels and encoder."""
+    """Bytes, mels alone, then mels and encoder."""
+    yield from bytes_per_hour()
     with tempfile.TemporaryDirectory() as folder:
-        whisper_tiny(Path(folder))
-        encoder = SpeechEncoder(folder, harness.fast_dtype())
-    clips = waveforms(2 * BATCH)
-    batches = [clips[i : i + BATCH] for i in range(0, len(clips), BATCH)]
-    facts = compare(encoder, batches[0])
-    sides = {
-        "our mels": lambda: [log_mels(encoder.extractor, batch, encoder.window) for batch in batches],
-        "hf mels": lambda: [hf_mels(encoder.extractor, batch) for batch in batches],
-        "our frames": lambda: [encoder.encode(batch) for batch in batches],
-        "hf frames": lambda: [hf_frames(encoder, batch) for batch in batches],
+        whisper_tiny(Path(folder) / "hf")
+        words = str(Path(folder) / "hf"), harness.fast_dtype(), "cpu"
+        full, trimmed = SpeechEncoder(*words), SpeechEncoder(*words, "trimmed")
+        ct2, version = ctranslate2_frames(Path(folder) / "hf", Path(folder) / "ct2", full.extractor)
+    clips = waveforms(BATCH)
+    facts = compare(full, trimmed, clips)
+    sides: dict[str, Callable[[], Any]] = {
+        "our mels": lambda: log_mels(full.extractor, clips, full.window),
+        "hf mels": lambda: hf_mels(full.extractor, clips),
+        "our frames": lambda: full.encode(clips),
+        "hf frames": lambda: hf_frames(full, clips),
+        "trimmed frames": lambda: trimmed.encode(clips),
     }
+    if ct2:
+        sides["ct2 frames"] = lambda: ct2(clips)
     taken = harness.rounds(sides, harness.gemm_probe(GEMM, harness.fast_dtype()))
-    for name, side, target, peer in (
-        ("enc.mel", "mels", ">= 4", "Hugging Face's extractor"),
-        ("enc.tiny", "frames", ">= 1.5", "Hugging Face's extractor and encoder"),
-    ):
-        value, agrees, clocks = harness.ratio(taken, f"hf {side}", f"our {side}")
-        speed = sum(map(len, clips)) / SAMPLE_RATE / min(r.spent[f"our {side}"].wall for r in taken)
-        told = {**clocks, "audio s/s": speed, **facts, "CTranslate2": "owed: not installed"}
-        yield Figure(name, value, "x", f"full 30 s windows, ours / {peer}", target, agrees, told)
+    for name, slower, faster, target, what in COMPARED:
+        if slower not in sides:
+            continue
+        value, agrees, clocks = harness.ratio(taken, slower, faster)
+        speed = sum(map(len, clips)) / SAMPLE_RATE / min(r.spent[faster].wall for r in taken)
+        told = {**clocks, "audio s/s": speed, **facts, "CTranslate2": version}
+        yield Figure(name, value, "x", what, target, agrees, told)
+
+
+def bytes_per_hour() -> Iterator[Figure]:
+    """What an hour of speech takes in shards, as safetensors of ten-second clips; tar headers come on top."""
+    frames = torch.zeros(CLIP_S * ENCODER_FRAMES_PER_SECOND, TURBO_SIZE)
+    for dtype in shard_format.DTYPES:
+        size = len(shard_format.encode(frames, dtype)) * 3600 // CLIP_S
+        what = f"an hour of speech in {dtype} frames of {TURBO_SIZE} numbers (large-v3-turbo), clips of {CLIP_S} s"
+        yield Figure(f"count.bytes_per_hour.{dtype}", size / 1e6, "MB", what, facts={"bytes": f"{size:,}"})
 
 
 def whisper_tiny(folder: Path) -> None:
@@ -84,11 +117,35 @@ def hf_frames(encoder: SpeechEncoder, batch: list[np.ndarray]) -> torch.Tensor:
     return encoder.model(hf_mels(encoder.extractor, batch).to(encoder.dtype)).last_hidden_state
 
 
-def compare(encoder: SpeechEncoder, batch: list[np.ndarray]) -> dict[str, float]:
-    """How far our frames are from Hugging Face's; AssertionError if they are others."""
-    theirs = hf_frames(encoder, batch).to(FEATURE_DTYPE).float()
-    ours = encoder.encode(batch)
+def ctranslate2_frames(
+    base: Path, made: Path, extractor: WhisperFeatureExtractor
+) -> tuple[Callable[[list[np.ndarray]], np.ndarray] | None, str]:
+    """A call that gives frames (B, 1500, D) by CTranslate2 in int8, with its version; or None and the reason."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        return None, "left out: not installed (the extra 'bench' has it)"
+    import ctranslate2
+
+    try:
+        ctranslate2.converters.TransformersConverter(str(base)).convert(str(made), quantization="int8")
+        threads = torch.get_num_threads()
+        model = ctranslate2.models.Whisper(str(made), device="cpu", compute_type="int8", intra_threads=threads)
+    except (RuntimeError, ValueError, ImportError) as error:  # no int8 on this CPU, or a converter of another time
+        return None, f"left out: {type(error).__name__}: {error}"
+
+    def frames(batch: list[np.ndarray]) -> np.ndarray:
+        mels = ctranslate2.StorageView.from_array(hf_mels(extractor, batch).numpy())
+        return np.asarray(model.encode(mels))  # on the CPU a view of the result, which is awaited here
+
+    return frames, ctranslate2.__version__
+
+
+def compare(full: SpeechEncoder, trimmed: SpeechEncoder, batch: list[np.ndarray]) -> dict[str, float]:
+    """How far our frames are from Hugging Face's; AssertionError if those of full windows are others."""
+    theirs = hf_frames(full, batch).to(FEATURE_DTYPE).float()
     counts = [encoder_frames(len(waveform)) for waveform in batch]
-    worst = max((a.float() - b[:n]).abs().max().item() for a, b, n in zip(ours, theirs, counts, strict=True))
+    exact = torch.cat([row[:count] for row, count in zip(theirs, counts, strict=True)])
+    ours, shorter = (torch.cat(encoder.encode(batch)).float() for encoder in (full, trimmed))
+    worst = (ours - exact).abs().max().item()
     assert worst <= 0.05, f"frames differ by {worst}"
-    return {"frames differ by": worst}
+    relative = ((shorter - exact).norm() / exact.norm()).item()
+    return {"frames differ by": worst, "trimmed ones, relatively, by": relative}

@@ -15,6 +15,9 @@ SAMPLES_PER_MEL_FRAME = 160  # a hop of 10 ms, same section
 MEL_FRAMES_PER_ENCODER_FRAME = 2  # the stride of Whisper's second convolution
 SAMPLES_PER_ENCODER_FRAME = SAMPLES_PER_MEL_FRAME * MEL_FRAMES_PER_ENCODER_FRAME
 ENCODER_FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_ENCODER_FRAME
+# Trimmed windows: some silence behind the speech, as Whisper always heard, brings frames nearer to those of the full
+# window; whole half seconds let many utterances share one length.
+TRIMMED_MARGIN, TRIMMED_STEP = 10, 25  # encoder frames
 
 
 class WindowExceeded(ValueError):
@@ -61,6 +64,14 @@ class Window:
     def seconds(self) -> float:
         """Length of the window in seconds."""
         return seconds(self.num_samples)
+
+    def trimmed(self, num_samples: int) -> Window:
+        """The least window of whole half seconds that holds ``num_samples`` samples and the margin, or all of this one.
+
+        It follows from the utterance's own length alone: whatever is encoded beside it changes nothing.
+        """
+        steps = _ceil_div(encoder_frames(num_samples) + TRIMMED_MARGIN, TRIMMED_STEP)
+        return Window(min(self.num_frames, steps * TRIMMED_STEP))
 
     def check(self, num_samples: int, who: str) -> None:
         """Raise :class:`WindowExceeded`, with both lengths, when ``who`` has more samples than the window."""

@@ -26,6 +26,7 @@ from typing import Any
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 STATE_FILE, FILES_FILE, EVALUATIONS_FILE = "state.json", "files.json", "evaluations.json"
+TRIMMED = "-trimmed"  # behind an encoder's fingerprint where features were made with audio.window=trimmed
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -85,6 +86,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
+def window_of(fingerprint: str) -> str:
+    """``audio.window`` of the features that an encoder's fingerprint stands for: ``full`` or ``trimmed``."""
+    return "trimmed" if TRIMMED in fingerprint else "full"
+
+
 def check_encoder(checkpoint: Path, fingerprint: str) -> None:
     """Refuse a projector that was trained on another encoder's features: it would be deaf to this one's.
 
@@ -92,6 +98,12 @@ def check_encoder(checkpoint: Path, fingerprint: str) -> None:
         ValueError: if ``fingerprint`` is not that of the encoder that ``checkpoint`` was trained on.
     """
     trained_on = read_state(checkpoint)["encoder_fingerprint"]
+    there, here = window_of(trained_on), window_of(fingerprint)
+    if there != here:
+        raise ValueError(
+            f"{checkpoint} was trained on features of audio.window={there}, the recipe has audio.window={here}: "
+            f"set audio.window={there}, or train stage 1 again"
+        )
     if trained_on != fingerprint:
         raise ValueError(
             f"{checkpoint} was trained on features of another encoder (fingerprint {trained_on[:12]}, the recipe's "

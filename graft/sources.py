@@ -35,7 +35,8 @@ class Sources:
         """This rank's frozen replica, loaded when it is first needed."""
         if self._encoder is None:
             precision = DTYPES[self.recipe.run.precision]
-            self._encoder = SpeechEncoder(self.recipe.bases.whisper, precision, self.device)
+            window = self.recipe.audio.window
+            self._encoder = SpeechEncoder(self.recipe.bases.whisper, precision, self.device, window)
         return self._encoder
 
     @property
@@ -43,7 +44,8 @@ class Sources:
         """Of the recipe's encoder. Every rank must ask at the same time: rank 0 tells the others."""
         if self._fingerprint is None:
             # In bf16 on the CPU, and let go at once.
-            mine = self.ranks.by_first(lambda: SpeechEncoder(self.recipe.bases.whisper).fingerprint)
+            base, window = self.recipe.bases.whisper, self.recipe.audio.window
+            mine = self.ranks.by_first(lambda: SpeechEncoder(base, audio_window=window).fingerprint)
             self._fingerprint = self.ranks.gather(mine)[0]
         return self._fingerprint
 

@@ -84,7 +84,8 @@ class Scribe:
         load_trained(checkpoint, graft.model)
         self.model, self.device, self.recipe, self.instruction = graft.model, device, recipe, instruction
         self.template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
-        self.encoder = SpeechEncoder(recipe.bases.whisper, DTYPES[recipe.run.precision], device)
+        precision = DTYPES[recipe.run.precision]
+        self.encoder = SpeechEncoder(recipe.bases.whisper, precision, device, recipe.audio.window)
         check_encoder(checkpoint, self.encoder.fingerprint)
         self.most_positions: int = graft.config.text_config.max_position_embeddings
 

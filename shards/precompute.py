@@ -54,17 +54,18 @@ from graft.data.shard_writer import (
     part_path,
     plan_shards,
 )
-from graft.lengths import WindowExceeded
+from graft.lengths import Window, WindowExceeded
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import USERS_FAULTS, AgreedValueError, Ranks
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import naming
+from graft.run_dir import naming, window_of
 
 LOG = logging.getLogger("graft.precompute")
 
 PATIENCE_S = 7 * 24 * 3600.0  # a rank that is done waits this long for the slowest; a dead one is noticed at once
 HEARTBEAT_S = 2.0  # between two looks at the other ranks
 FILE_SYSTEM_S = 60.0  # within this, what one node has written is seen by another
+TRIMMED_POOL = 16  # batches; among so many utterances those of one trimmed window are brought together
 DECODERS = 4  # threads that read and resample ahead of the encoder
 OVERHEAD = 3 * 512 + 1024  # bytes per utterance besides its features: tar headers, JSON, padding
 
@@ -127,7 +128,7 @@ def load_encoder(recipe: Recipe, ranks: Ranks) -> SpeechEncoder:
     if neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
     dtype = torch.float32 if recipe.run.precision == "fp32" else torch.bfloat16
-    return SpeechEncoder(recipe.bases.whisper, dtype, ranks.device())
+    return SpeechEncoder(recipe.bases.whisper, dtype, ranks.device(), recipe.audio.window)
 
 
 @contextmanager
@@ -354,9 +355,11 @@ class Worker:
         """Sound files are read ahead in threads, the encoder runs in another, this one writes."""
         items = ((shard, *pair) for shard in self.mine for pair in zip(shard.lines, shard.utterances, strict=True))
         size = self.job.description.encode_batch_size
+        trimmed = window_of(self.job.description.fingerprint) == "trimmed"
+        pool = TRIMMED_POOL * size if trimmed else size  # utterances of one window are found among these
         with (
             Prefetcher(self._decode, items, depth=2 * size, threads=DECODERS) as decoded,
-            Prefetcher(self._encode, _batches(decoded, size), depth=1) as encoded,
+            Prefetcher(self._encode, _batches(decoded, pool), depth=1) as encoded,
         ):
             for number, batches in itertools.groupby(encoded, key=lambda batch: batch[0].shard):
                 with ShardWriter(self.job.folder, self.job.description, number) as writer:
@@ -378,13 +381,23 @@ class Worker:
 
     def _encode(self, batch: Sequence[Sample]) -> list[Sample]:
         """Encode a batch; batches are the same whatever the ranks, and so are the bits."""
-        size = self.job.description.encode_batch_size
         pieces = [piece for sample in batch for piece in sample.pieces]
-        frames = iter([f for n in range(0, len(pieces), size) for f in self.encoder.encode(pieces[n : n + size])])
+        made: dict[int, torch.Tensor] = {}
+        for group in self._together(pieces):
+            made.update(zip(group, self.encoder.encode([pieces[i] for i in group]), strict=True))
+        frames = iter([made[index] for index in range(len(pieces))])
         return [
             replace(sample, features=torch.cat([next(frames) for _ in sample.pieces])) if sample.pieces else sample
             for sample in batch
         ]
+
+    def _together(self, pieces: Sequence[np.ndarray]) -> list[list[int]]:
+        """Indices of the pieces of each forward: in order, those of one trimmed window together."""
+        size = self.job.description.encode_batch_size
+        groups: dict[Window, list[int]] = {}
+        for index, piece in enumerate(pieces):
+            groups.setdefault(self.encoder.window_of(len(piece)), []).append(index)
+        return [group[n : n + size] for group in groups.values() for n in range(0, len(group), size)]
 
     def _write(self, batch: Sequence[Sample], writer: ShardWriter) -> None:
         for sample in batch:

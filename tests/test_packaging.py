@@ -42,7 +42,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("extra", ["", "dev"])
+@pytest.mark.parametrize("extra", ["", "dev", "bench"])
 def test_pins_lie_within_the_ranges(extra: str) -> None:
     pinned = pins()
     for requirement in requirements(extra):

@@ -39,6 +39,9 @@ class StubEncoder:
     def __init__(self, fingerprint: str = "e" * 64, wait_s: float = 0.0) -> None:
         self.fingerprint, self.wait_s, self.batches = fingerprint, wait_s, []
 
+    def window_of(self, num_samples: int) -> Window:
+        return WINDOW
+
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
         time.sleep(self.wait_s)
         self.batches.append(len(waveforms))

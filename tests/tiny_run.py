@@ -87,6 +87,6 @@ def write_checkpoint(run_dir: Path, made: Recipe, step: int) -> Path:
     with whole_folder(step_folder(run_dir, step)) as temporary:
         save_trained(temporary, model)
         state = {"stage": 1, "step": step, "first_step": 0}
-        fingerprint = SpeechEncoder(made.bases.whisper).fingerprint
+        fingerprint = SpeechEncoder(made.bases.whisper, audio_window=made.audio.window).fingerprint
         (temporary / STATE_FILE).write_text(json.dumps(state | {"encoder_fingerprint": fingerprint}))
     return step_folder(run_dir, step)

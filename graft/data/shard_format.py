@@ -32,6 +32,8 @@ from typing import Any, Protocol
 
 import torch
 
+from graft.run_dir import window_of
+
 FORMAT = 1
 INDEX, SAMPLES, REJECTS, PARTS = "index.json", "samples.jsonl", "rejects.jsonl", "parts"
 TENSOR, SCALE = "audio_features", "scale"
@@ -255,12 +257,18 @@ def read_index(files: SetFiles) -> dict[str, Any]:
 
 
 def check_fingerprint(files: SetFiles, index: Mapping[str, Any], expected: str | None) -> None:
-    """Refuse a set that another encoder made.
+    """Refuse a set that another encoder made, or the same one over other windows.
 
     Raises:
         ValueError: names both encoders and the two ways out.
     """
     found = index["encoder"]["fingerprint"]
+    if expected is not None and window_of(found) != window_of(expected):
+        raise ValueError(
+            f"feature set {files.name('').rstrip('/')} was made with audio.window={window_of(found)}, the recipe has "
+            f"audio.window={window_of(expected)}: set audio.window={window_of(found)}, or make the set again in "
+            "another folder (data.shards)."
+        )
     if expected is not None and found != expected:
         raise ValueError(
             f"feature set {files.name('').rstrip('/')} was made by another encoder: its fingerprint is {found[:12]} "

@@ -34,7 +34,7 @@ from graft.data.shard_format import (
     shard_name,
 )
 from graft.lengths import seconds
-from graft.run_dir import naming, write_whole
+from graft.run_dir import TRIMMED, naming, window_of, write_whole
 
 BLOCK = 512  # bytes; tar's unit
 
@@ -253,6 +253,7 @@ def merge_parts(folder: Path, description: SetDescription, parts: Sequence[Part]
 
 COMPARED = {
     "fingerprint": "encoder",
+    "window": "audio.window",
     "precision": "run.precision",
     "manifest_sha256": "manifest",
     "samples_per_shard": "data.samples_per_shard",
@@ -264,11 +265,15 @@ COMPARED = {
 
 
 def _comparable(description: SetDescription) -> dict[str, Any]:
-    return {name: getattr(description, name) for name in COMPARED}
+    """Settings by their names; the fingerprint stands for the encoder and for its windows."""
+    encoder, *_ = description.fingerprint.partition(TRIMMED)
+    told = {**vars(description), "fingerprint": encoder, "window": window_of(description.fingerprint)}
+    return {name: told[name] for name in COMPARED}
 
 
 def _differences(settings: Mapping[str, Any], description: SetDescription) -> list[str]:
     wanted = _comparable(description)
+    settings = {"window": "full", **settings}  # a set older than the setting
     return [
         f"{words} was {_short(settings.get(name))}, is now {_short(wanted[name])}"
         for name, words in COMPARED.items()

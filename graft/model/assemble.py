@@ -53,6 +53,11 @@ def assemble(
     dtype = DTYPES[recipe.run.precision]
     load_config(KEY, recipe.bases.qwen2_vl, Qwen2VLConfig)  # first: it says best what is wrong with a folder
     tokenizer = load_tokenizer(recipe.bases.qwen2_vl)
+    if with_encoder and recipe.audio.window != "full":
+        raise ValueError(
+            f"audio.window is '{recipe.audio.window}', and a model that holds its encoder hears full windows: encode "
+            "with SpeechEncoder and hand the model audio_features, or train with audio.window=full"
+        )
     config = build_config(recipe, tokenizer, has_audio_tower=with_encoder)
     processor = build_processor(recipe, tokenizer, config)
     with torch.device("meta"):

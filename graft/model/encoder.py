@@ -1,4 +1,4 @@
-"""The frozen Whisper encoder: waveforms in, frames out, always over its full window.
+"""The frozen Whisper encoder: waveforms in, frames out, over its full window or over as much of it as is needed.
 
 S: samples at 16 kHz    F: encoder frames of 20 ms, ceil(S / 320)    D: size of a frame
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from graft import lengths
 from graft.lengths import Window
 from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import FEATURE_DTYPE
+from graft.run_dir import TRIMMED
+
+AudioWindow = Literal["full", "trimmed"]
 
 KEY = "bases.whisper"  # of the recipe
 MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
@@ -79,10 +83,20 @@ def load_encoder(base: str, dtype: torch.dtype, device: str | torch.device = "cp
 
 
 class SpeechEncoder:
-    """A frozen encoder with its mel extractor: what makes feature shards, and the same frames on the fly."""
+    """A frozen encoder with its mel extractor: what makes feature shards, and the same frames on the fly.
 
-    def __init__(self, base: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
-        self.base = base
+    With ``audio_window="full"`` it always runs over its whole window, as Whisper was trained: its frames are exact.
+    With ``"trimmed"`` it runs over the half seconds that hold the utterance: less work, somewhat other frames.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        audio_window: AudioWindow = "full",
+    ):
+        self.base, self.audio_window = base, audio_window
         self.extractor = load_feature_extractor(base)
         self.model = load_encoder(base, dtype, device)
         self.dtype = dtype
@@ -91,13 +105,20 @@ class SpeechEncoder:
         self.frame_size: int = self.model.config.d_model
         self.mel_settings = mel_settings(self.extractor, self.window)
         self.fingerprint = fingerprint(self.model, self.mel_settings)
+        if audio_window == "trimmed":
+            self.fingerprint += f"{TRIMMED}{lengths.TRIMMED_MARGIN}+{lengths.TRIMMED_STEP}"
+
+    def window_of(self, num_samples: int) -> Window:
+        """The window over which ``num_samples`` samples are encoded."""
+        return self.window.trimmed(num_samples) if self.audio_window == "trimmed" else self.window
 
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Waveforms (S_i,) float32, 16 kHz -> frames (F_i, D), bf16 on the CPU, one forward for all.
+        """Waveforms (S_i,) float32, 16 kHz -> frames (F_i, D), bf16 on the CPU, one forward for all of one window.
 
         Every waveform is padded to the full window before its mel is made, as Whisper was trained, and the frames
-        are cut to the true length afterwards.
+        are cut to the true length afterwards. Of a trimmed window the mel is cut before the encoder hears it. No
+        forward holds waveforms of different windows, so none is padded for another's sake.
 
         Raises:
             WindowExceeded: if one is longer than the window; it names both lengths.
@@ -105,11 +126,41 @@ class SpeechEncoder:
         """
         for index, waveform in enumerate(waveforms):
             _check_waveform(waveform, f"waveform {index} of {len(waveforms)}", self.window)
-        mels = log_mels(self.extractor, waveforms, self.window, self.device).to(self.device, self.dtype)
+        together: dict[Window, list[int]] = {}
+        for index, waveform in enumerate(waveforms):
+            together.setdefault(self.window_of(len(waveform)), []).append(index)
+        made: dict[int, torch.Tensor] = {}
+        for window, indices in together.items():
+            made.update(zip(indices, self._forward([waveforms[i] for i in indices], window), strict=True))
+        return [made[index] for index in range(len(waveforms))]
+
+    def _forward(self, waveforms: Sequence[np.ndarray], window: Window) -> list[torch.Tensor]:
+        """Frames (F_i, D) of waveforms that share a window."""
+        mels = log_mels(self.extractor, waveforms, self.window, self.device, kept=window)
         with torch.autocast(self.device.type, enabled=False):
-            frames = self.model(mels).last_hidden_state.to(FEATURE_DTYPE).cpu()
+            frames = encode_mels(self.model, mels.to(self.device, self.dtype)).to(FEATURE_DTYPE).cpu()
         counts = [lengths.encoder_frames(len(waveform)) for waveform in waveforms]
         return [row[:count].clone() for row, count in zip(frames, counts, strict=True)]
+
+
+def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
+    """Log-mels (W, n_mels, 2F) -> frames (W, F, D), for F up to the encoder's window.
+
+    Shorter than the window this is ``WhisperEncoder.forward`` (transformers 5, models/whisper/modeling_whisper.py)
+    without its insistence on the full length, and with the first F positions.
+    """
+    if mels.shape[-1] == encoder.max_source_positions * lengths.MEL_FRAMES_PER_ENCODER_FRAME:
+        return encoder(mels).last_hidden_state
+    return _encode_shorter(encoder, mels)
+
+
+def _encode_shorter(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
+    hidden = torch.nn.functional.gelu(encoder.conv1(mels))
+    hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    for layer in encoder.layers:
+        hidden = layer(hidden, None)
+    return encoder.layer_norm(hidden)
 
 
 def log_mels(
@@ -117,27 +168,57 @@ def log_mels(
     waveforms: Sequence[np.ndarray],
     window: Window,
     device: str | torch.device = "cpu",
+    kept: Window | None = None,
 ) -> torch.Tensor:
     """Waveforms (S_i,), none longer than the window -> log-mels (W, n_mels, 2F) of the full window, fp32.
 
     What Whisper's own extractor makes of the padded window, but the spectrum is taken of the samples that are there:
-    behind them is silence, whose log-mel is the floor.
+    behind them is silence, whose log-mel is the floor. Of a mel only what lies in ``kept`` is given.
     """
     filters = torch.from_numpy(extractor.mel_filters).to(device, torch.float32)  # (n_fft / 2 + 1, n_mels)
-    hann = torch.hann_window(extractor.n_fft, device=device)
-    hop, num_frames = extractor.hop_length, window.num_samples // extractor.hop_length
-    mels = torch.empty((len(waveforms), filters.shape[1], num_frames), device=device)
-    for mel, waveform in zip(mels, waveforms, strict=True):
-        # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
-        frames = min(max(-(-(len(waveform) + extractor.n_fft) // hop), FEWEST_MEL_FRAMES), num_frames)
-        samples = torch.zeros(frames * hop, device=device)
-        samples[: len(waveform)] = torch.as_tensor(waveform, dtype=torch.float32)
-        spectrum = torch.stft(samples, extractor.n_fft, hop, window=hann, return_complex=True)[:, :-1]
-        log_mel = (filters.T @ spectrum.abs() ** 2).clamp_(min=10**MEL_FLOOR_LOG10).log10_()
-        quietest = log_mel.max() - MEL_RANGE_LOG10
-        mel[:, :frames] = (torch.maximum(log_mel, quietest) + 4.0) / 4.0
-        mel[:, frames:] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
-    return mels
+    num_kept = (kept or window).num_mel_frames
+    # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
+    counts = [-(-(len(waveform) + extractor.n_fft) // extractor.hop_length) for waveform in waveforms]
+    counts = [min(max(count, FEWEST_MEL_FRAMES), window.num_mel_frames) for count in counts]
+    spectra = _Spectra(extractor, max(counts, default=0), device)
+    mels = torch.empty((len(waveforms), filters.shape[1], max(num_kept, *counts, 0)), device=device)
+    for mel, waveform, frames in zip(mels, waveforms, counts, strict=True):
+        heard = torch.mm(filters.T, spectra.power(waveform, frames).T, out=mel[:, :frames])
+        heard.clamp_(min=10**MEL_FLOOR_LOG10).log10_()
+        quietest = heard.amax() - MEL_RANGE_LOG10
+        torch.maximum(heard, quietest, out=heard)
+        mel[:, frames:] = quietest.clamp(min=MEL_FLOOR_LOG10)
+        mel.add_(4.0).div_(4.0)
+    return mels[:, :, :num_kept]
+
+
+class _Spectra:
+    """Power spectra of one waveform after the other, in the same memory: fresh pages cost as much as the transform."""
+
+    def __init__(self, extractor: WhisperFeatureExtractor, most_frames: int, device: str | torch.device) -> None:
+        self.n_fft, self.hop = extractor.n_fft, extractor.hop_length
+        bins = self.n_fft // 2 + 1
+        self.hann = torch.hann_window(self.n_fft, device=device)
+        self.samples = torch.empty(most_frames * self.hop + self.n_fft, device=device)
+        self.windowed = torch.empty((most_frames, self.n_fft), device=device)
+        self.spectrum = torch.empty((most_frames, bins), dtype=torch.complex64, device=device)
+        self.real, self.imaginary = torch.empty((2, most_frames, bins), device=device)
+
+    def power(self, waveform: np.ndarray, frames: int) -> torch.Tensor:
+        """Waveform (S,) -> (frames, n_fft / 2 + 1), bit by bit ``torch.stft(...).abs() ** 2``; valid until the next."""
+        half, size = self.n_fft // 2, frames * self.hop
+        samples = self.samples[: size + self.n_fft]
+        middle = samples[half : half + size]
+        middle[: len(waveform)] = torch.as_tensor(waveform, dtype=torch.float32)
+        middle[len(waveform) :] = 0
+        samples[:half] = middle[1 : half + 1].flip(0)  # mirrored at both ends, without the sample at the end itself
+        samples[half + size :] = middle[-half - 1 : -1].flip(0)
+        windowed, spectrum = self.windowed[:frames], self.spectrum[:frames]
+        torch.mul(samples.unfold(0, self.n_fft, self.hop)[:frames], self.hann, out=windowed)
+        torch.fft.rfft(windowed, out=spectrum)
+        # abs() of complex numbers makes complex numbers first; of parts side by side, hypot gives the same bits sooner.
+        real, imaginary = self.real[:frames].copy_(spectrum.real), self.imaginary[:frames].copy_(spectrum.imag)
+        return torch.hypot(real, imaginary, out=real).square_()
 
 
 def mel_settings(extractor: WhisperFeatureExtractor, window: Window) -> dict[str, int | float]:
