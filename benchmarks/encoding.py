@@ -12,34 +12,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import WhisperFeatureExtractor
 
 from benchmarks import harness, mini
 from benchmarks.harness import Figure
+from benchmarks.shapes import WHISPER_TINY
+from benchmarks.whisper import noise, random_whisper
 from graft.lengths import SAMPLE_RATE, SAMPLES_PER_ENCODER_FRAME, encoder_frames
 from graft.model.config import FEATURE_DTYPE
 from graft.model.encoder import SpeechEncoder, log_mels
 
 BATCH = 16  # the default of audio.encode_batch_size
-TINY = {
-    "d_model": 384,
-    "encoder_layers": 4,
-    "encoder_attention_heads": 6,
-    "encoder_ffn_dim": 1536,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 6,
-    "decoder_ffn_dim": 1536,
-    "num_mel_bins": 80,
-}
 GEMM = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
 
 
 def report() -> Iterator[Figure]:
     """Mels alone, then mels and encoder."""
     with tempfile.TemporaryDirectory() as folder:
-        whisper_tiny(Path(folder))
+        random_whisper(Path(folder), WHISPER_TINY)
         encoder = SpeechEncoder(folder, harness.fast_dtype())
-    clips = waveforms(2 * BATCH)
+    clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[: 2 * BATCH]])
     batches = [clips[i : i + BATCH] for i in range(0, len(clips), BATCH)]
     facts = compare(encoder, batches[0])
     sides = {
@@ -57,20 +49,6 @@ def report() -> Iterator[Figure]:
         speed = sum(map(len, clips)) / SAMPLE_RATE / min(r.spent[f"our {side}"].wall for r in taken)
         told = {**clocks, "audio s/s": speed, **facts, "CTranslate2": "owed: not installed"}
         yield Figure(name, value, "x", f"full 30 s windows, ours / {peer}", target, agrees, told)
-
-
-def whisper_tiny(folder: Path) -> None:
-    """A random Whisper of the tiny model's encoder."""
-    torch.manual_seed(1)
-    WhisperForConditionalGeneration(WhisperConfig(**TINY)).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=TINY["num_mel_bins"]).save_pretrained(folder)
-
-
-def waveforms(count: int) -> list[np.ndarray]:
-    """Noise as long as the first clips of the fixed list."""
-    chance = np.random.default_rng(1)
-    samples = [frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:count]]
-    return [chance.standard_normal(size).astype(np.float32) * 0.1 for size in samples]
 
 
 def hf_mels(extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torch.Tensor:

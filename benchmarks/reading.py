@@ -1,8 +1,8 @@
 """Reading features from shards, in one thread, against stock webdataset and against the least that reading can be.
 
 Ours is read by its place and checked by its CRC. The peer is webdataset decoding the same features as ``.pth``, as
-peers store them, unchecked. The least is ``readinto`` of the same bytes, one sample after the other into one buffer that
-the processor's cache holds. All from the page cache. What the CRC alone takes stands beside them: zlib's is the bound.
+peers store them, unchecked. The least is ``readinto`` of the same bytes, sample after sample into one buffer that the
+processor's cache holds. All from the page cache. What the CRC alone takes stands beside them: zlib's is the bound.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import webdataset
 
 from benchmarks import harness
 from benchmarks.harness import Figure
-from graft.data.manifest import Utterance
+from benchmarks.sets import make_set, random_features
 from graft.data.shard_format import FeatureSet
-from graft.data.shard_writer import SetDescription, ShardWriter, merge_parts
 
 NUM_SAMPLES, NUM_FRAMES, FRAME_SIZE = 100, 500, 1_280  # 10 s clips of the large encoder
 MEGABYTES = NUM_SAMPLES * NUM_FRAMES * FRAME_SIZE * 2 / 1e6
@@ -30,7 +29,7 @@ def report() -> Iterator[Figure]:
     """Both ratios, and the megabytes a second behind them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_set(folder, NUM_SAMPLES, NUM_FRAMES, FRAME_SIZE)
+        make_set(folder, ["text"] * NUM_SAMPLES, NUM_FRAMES, FRAME_SIZE)
         make_pth(folder)
         sides = {
             "ours": lambda: complete(read_ours(folder)),
@@ -82,39 +81,9 @@ def check_only(folder: Path) -> None:
     assert all(zlib.crc32(data) == expected for _ in range(NUM_SAMPLES))
 
 
-def make_set(folder: Path, num_samples: int, num_frames: int, frame_size: int, text: str = "text") -> None:
-    """A set of ``num_samples`` random features (F, D), in the format of ``shards/precompute.py``."""
-    description = SetDescription(
-        name="bench",
-        manifest_sha256="",
-        samples_per_shard=num_samples,
-        long_audio="reject",
-        dtype="bfloat16",
-        fingerprint="0" * 64,
-        source="",
-        precision="bf16",
-        mel={},
-        window_frames=1_500,
-        frame_size=frame_size,
-        encode_batch_size=1,
-    )
-    (folder / "parts").mkdir(parents=True)
-    features = random_features(num_frames, frame_size)
-    with ShardWriter(folder, description, 0) as writer:
-        for number in range(num_samples):
-            duration = num_frames / 50
-            writer.add(Utterance(f"u{number}", Path("u.wav"), duration, text), features, round(duration * 16_000))
-    merge_parts(folder, description, [writer.part], [])
-
-
 def make_pth(folder: Path) -> None:
     """The same features as peers store them."""
     features = random_features(NUM_FRAMES, FRAME_SIZE)
     with webdataset.TarWriter(str(folder / PTH_TAR)) as tar:
         for number in range(NUM_SAMPLES):
             tar.write({"__key__": f"u{number}", "pth": features})
-
-
-def random_features(num_frames: int, frame_size: int) -> torch.Tensor:
-    """(F, D) in bf16."""
-    return torch.randn(num_frames, frame_size, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, losses, mini, report, saved, zero2
+from benchmarks import harness, losses, mini, report, saved, shapes, zero2
 from benchmarks.harness import Figure, Round, Spent
 from graft.data.prompt import IGNORE_INDEX
 
@@ -99,9 +99,9 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_miniature_has_the_proportions_of_the_7b() -> None:
-    layers = mini.LAYERS * sum(n * m for n, m in mini.LAYER_SHAPES)
+    layers = 7 * sum(n * m for n, m in shapes.MINI.layer_shapes)
     full = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
-    assert mini.WIDTH * mini.VOCAB / layers == pytest.approx(3584 * 152064 / full, rel=0.01)
+    assert shapes.MINI.hidden * shapes.MINI.vocab / layers == pytest.approx(3584 * 152064 / full, rel=0.01)
 
 
 def test_a_step_holds_every_clip_once_at_its_length() -> None:
