@@ -17,7 +17,7 @@ import sys
 
 from benchmarks import harness, report
 
-BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading")
+BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading", "e2e")
 PAGE = "report"
 
 

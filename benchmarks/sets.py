@@ -16,20 +16,7 @@ SAMPLES_PER_SHARD = 512  # the default of data.samples_per_shard
 
 def make_set(folder: Path, texts: Sequence[str], num_frames: int, frame_size: int) -> None:
     """A set with an utterance for each text, all of the same random features (F, D), in the format of precompute."""
-    description = SetDescription(
-        name="bench",
-        manifest_sha256="",
-        samples_per_shard=SAMPLES_PER_SHARD,
-        long_audio="reject",
-        dtype="bfloat16",
-        fingerprint="0" * 64,
-        source="",
-        precision="bf16",
-        mel={},
-        window_frames=1_500,
-        frame_size=frame_size,
-        encode_batch_size=1,
-    )
+    description = describe(frame_size)
     (folder / "parts").mkdir(parents=True)
     features = random_features(num_frames, frame_size)
     duration, parts = num_frames / ENCODER_FRAMES_PER_SECOND, []
@@ -40,6 +27,24 @@ def make_set(folder: Path, texts: Sequence[str], num_frames: int, frame_size: in
                 writer.add(utterance, features, num_samples(duration))
         parts.append(writer.part)
     merge_parts(folder, description, parts, [])
+
+
+def describe(frame_size: int, fingerprint: str = "0" * 64) -> SetDescription:
+    """What is said of a set besides its samples."""
+    return SetDescription(
+        name="bench",
+        manifest_sha256="",
+        samples_per_shard=SAMPLES_PER_SHARD,
+        long_audio="reject",
+        dtype="bfloat16",
+        fingerprint=fingerprint,
+        source="",
+        precision="bf16",
+        mel={},
+        window_frames=1_500,
+        frame_size=frame_size,
+        encode_batch_size=1,
+    )
 
 
 def random_features(num_frames: int, frame_size: int) -> torch.Tensor:

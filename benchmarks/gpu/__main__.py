@@ -46,16 +46,16 @@ def main(names: list[str], small: bool) -> int:
         return refuse(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
     if not small and not torch.cuda.is_available():
         return refuse("no GPU is seen here: run this on a machine with one, or try it out with --small")
-    if len(names) != 1:
-        return max(alone(name, small) for name in names or BENCHMARKS)
-    run(names[0], small)
+    if not small and len(names) != 1:
+        return max(alone(name) for name in names or BENCHMARKS)
+    for name in names or BENCHMARKS:
+        run(name, small)
     return 0
 
 
-def alone(name: str, small: bool) -> int:
+def alone(name: str) -> int:
     """One benchmark in a process of its own: none finds what another has left on the GPU, or dies with it."""
-    words = [sys.executable, "-m", "benchmarks.gpu", name, *(["--small"] if small else [])]
-    return subprocess.run(words, cwd=harness.ROOT).returncode
+    return subprocess.run([sys.executable, "-m", "benchmarks.gpu", name], cwd=harness.ROOT).returncode
 
 
 def run(name: str, small: bool) -> None:

@@ -37,7 +37,7 @@ def stage_1(bench: Bench, name: str) -> Iterator[Figure]:
     """The projector alone: against stock Hugging Face on the same clips and against the seed's form."""
     shape, num_clips = sizes(bench, name)
     base = graft(bench, shape)
-    compiled = Ours(compiled_copy(base), 1, batches(num_clips, num_clips, shape, bench))
+    compiled = Ours(compiled_copy(bench, base), 1, batches(num_clips, num_clips, shape, bench))
     side = Ours(lean(base), 1, compiled.batches)
     sides: dict[str, Any] = {"ours": side, "ours compiled": compiled}
     if name == "7b":
@@ -53,7 +53,7 @@ def stage_2(bench: Bench, name: str) -> Iterator[Figure]:
     base = graft(bench, shape)
     add_lora(base, Lora(r=r, alpha=2 * r))
     fill_lora_b(base)
-    compiled = Ours(compiled_copy(base), 2, batches(num_clips, num_clips, shape, bench))
+    compiled = Ours(compiled_copy(bench, base), 2, batches(num_clips, num_clips, shape, bench))
     side = Ours(lean(base), 2, compiled.batches)
     sides: dict[str, Any] = {"ours": side, "ours compiled": compiled}
     if name == "7b":
@@ -123,11 +123,12 @@ def graft(bench: Bench, shape: Shape) -> AudioGraftForConditionalGeneration:
     return mini.graft(STACK_FACTOR, torch.bfloat16, shape, device=bench.device, lean=False)
 
 
-def compiled_copy(model: AudioGraftForConditionalGeneration) -> AudioGraftForConditionalGeneration:
+def compiled_copy(bench: Bench, model: AudioGraftForConditionalGeneration) -> AudioGraftForConditionalGeneration:
     """The same frozen weights, each decoder layer compiled as ``run.compile`` has it."""
     copied = mini.shared_copy(model)
+    backend = bench.size("inductor", "aot_eager")  # small: traced as at full size, without a compiler's minutes
     for layer in copied.model.language_model.layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
     return copied
 
 

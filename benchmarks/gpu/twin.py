@@ -54,7 +54,7 @@ def report(bench: Bench) -> Iterator[Figure]:
     base = graft(bench, shape)
     add_lora(base, Lora(r=r, alpha=2 * r))
     batch = TextBatch(torch.randint(3, shape.pad_token, (ROWS, length), generator=torch.Generator().manual_seed(1)))
-    compiled = Ours(compiled_copy(base), 2, [batch])
+    compiled = Ours(compiled_copy(bench, base), 2, [batch])
     sides = {"ours": Ours(lean(base), 2, [batch]), "ours compiled": compiled}
     taken = bench.rounds({kind: side.step for kind, side in sides.items()}, shape)
     tokens, flop = ROWS * length, ROWS * shape.row_flop(length, length, r)
