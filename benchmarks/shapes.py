@@ -118,7 +118,7 @@ SEVEN_B = Shape(3584, 28, 28, 4, 18944, 152064, (16, 24, 24), 1280)
 TWO_B = Shape(1536, 28, 12, 2, 8960, 151936, (16, 24, 24), 1280, tied=True)
 # The 7B at an eighth of its width, its vocabulary scaled too; see benchmarks/mini.py.
 MINI = Shape(448, 7, 7, 1, 2368, 4752, (8, 12, 12), 160)
-SMALL = Shape(128, 2, 2, 1, 256, 512, (8, 12, 12), 32)  # for trying a benchmark out
+SMALL = Shape(64, 2, 1, 1, 128, 256, (8, 12, 12), 16)  # for trying a benchmark out
 
 TURBO = EncoderShape(1280, 32, 20, 5120, 128)
 WHISPER_TINY = EncoderShape(384, 4, 6, 1536, 80)

@@ -33,7 +33,8 @@ def report() -> Iterator[Figure]:
 def stage_1() -> Iterator[Figure]:
     """Against the seed's form, against Hugging Face on our tokens, and against the GEMM."""
     sides = {k: ours(1, k) for k in (4, 8)}
-    plain, seed = peers.Peer(peers.stock(sides[4].model, False), sides[4].batches), peers.seed_form(sides[4].model, 1)
+    plain = peers.Peer(peers.stock(sides[4].model, False), sides[4].batches)
+    seed = peers.seed_form(mini.graft(4, harness.fast_dtype()), 1)
     facts = compare(sides[4], plain)
     steps: dict[str, Callable[[], object]] = {f"ours {k}": side.step for k, side in sides.items()}
     taken = harness.rounds({**steps, "hf": plain.step, "seed": seed.step}, probe())
@@ -49,8 +50,7 @@ def stage_1() -> Iterator[Figure]:
 
 def stage_2() -> Iterator[Figure]:
     """Against the seed's form: PEFT's fp32 adapters with dropout, checkpointing."""
-    base = mini.graft(4, harness.fast_dtype())
-    side, seed = ours(2, 4), peers.seed_form(base, 2)
+    side, seed = ours(2, 4), peers.seed_form(mini.graft(4, harness.fast_dtype()), 2)
     settings = {"r": mini.R, "lora_alpha": 2 * mini.R, "lora_dropout": 0.0}
     same = peers.Peer(peers.stock(side.model, True, **settings), side.batches)
     peers.copy_adapters(side.model, same.model)

@@ -234,7 +234,7 @@ def test_a_shared_copy_trains_apart_and_holds_the_frozen_weights_once() -> None:
     assert own == {name for name in ours if "multi_modal_projector" in name} and own
     seeds = mini.restacked(model, 1)
     assert seeds.model.multi_modal_projector.linear_1.in_features == shapes.SMALL.frame_size
-    assert model.config.stack_factor == 4 and model.model.multi_modal_projector.linear_1.in_features == 4 * 32
+    assert model.config.stack_factor == 4 and model.model.multi_modal_projector.linear_1.in_features == 4 * 16
 
 
 def test_the_plain_engine_steps_as_adamw_does_and_skips_what_is_not_finite() -> None:

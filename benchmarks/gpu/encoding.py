@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import harness
 from benchmarks.gpu.bench import Bench, rate, ratio, share_of_gemm
 from benchmarks.harness import Figure
 from benchmarks.whisper import noise, random_whisper
@@ -70,7 +69,7 @@ def figures(
         yield rate(f"enc.{kind}{suffix}", taken, side, hours, "audio-h/h", what, target, **facts)
     for (name, (_, count)), target in zip(peers.items(), (">= 5", ""), strict=False):
         value, steady, facts = ratio(taken, name, "one thread", clips / count)
-        what = f"clips a second, waveforms to frames on the host / {name}, in {harness.short(str(encoder.dtype))}"
+        what = f"clips a second, waveforms to frames on the host / {name}, both in bf16"
         yield Figure(f"enc.{kind}.{name.replace(' ', '_')}_ratio", value, "x", what, target, steady, facts)
 
 

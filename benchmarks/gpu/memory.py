@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks import mini
 from benchmarks.gpu.bench import Bench, fits_memory, free, largest
 from benchmarks.gpu.steps import POSITIONS, R, batches, graft, lean
 from benchmarks.harness import Figure
@@ -36,7 +37,8 @@ def largest_micro_batch(bench: Bench, stage: int) -> tuple[int, str]:
 
     def fits(num_clips: int) -> bool:
         batch = batches(num_clips, num_clips, shape, bench)
-        done = fits_memory(lambda: bench.wait_for(lambda: side.step_on(batch, num_clips)))
+        num_labels = mini.clips_and_labels(batch)[1]
+        done = fits_memory(lambda: bench.wait_for(lambda: side.step_on(batch, num_labels)))
         side.model.zero_grad()
         free()
         return done

@@ -37,12 +37,12 @@ def stage_1(bench: Bench, name: str) -> Iterator[Figure]:
     """The projector alone: against stock Hugging Face on the same clips and against the seed's form."""
     shape, num_clips = sizes(bench, name)
     base = graft(bench, shape)
-    compiled = Ours(compiled_copy(bench, base), 1, batches(num_clips, num_clips, shape, bench))
-    side = Ours(lean(base), 1, compiled.batches)
-    sides: dict[str, Any] = {"ours": side, "ours compiled": compiled}
-    if name == "7b":
-        sides["hf"] = fitted(peers.Peer(peers.stock(side.model, False), compiled.batches), num_clips, shape, bench)
-        sides["seed"] = peers.seed_form(side.model, 1, shape)
+    clips, sides = batches(num_clips, num_clips, shape, bench), {}
+    if name == "7b":  # before an engine puts its hooks into what is copied
+        sides["hf"] = fitted(peers.Peer(peers.stock(base, False), clips), num_clips, shape, bench)
+        sides["seed"] = peers.seed_form(base, 1, shape)
+    sides["ours compiled"] = Ours(compiled_copy(bench, base), 1, clips)
+    sides["ours"] = Ours(lean(base), 1, clips)
     yield from figures(bench, f"step1.{name}", sides, shape, 0)
 
 
@@ -53,14 +53,13 @@ def stage_2(bench: Bench, name: str) -> Iterator[Figure]:
     base = graft(bench, shape)
     add_lora(base, Lora(r=r, alpha=2 * r))
     fill_lora_b(base)
-    compiled = Ours(compiled_copy(bench, base), 2, batches(num_clips, num_clips, shape, bench))
-    side = Ours(lean(base), 2, compiled.batches)
-    sides: dict[str, Any] = {"ours": side, "ours compiled": compiled}
-    if name == "7b":
-        for kind, in_fp32 in (("hf", True), ("peft in bf16", False)):
-            model = peers.stock(side.model, False, r=r, lora_alpha=2 * r, lora_dropout=0.0, in_fp32=in_fp32)
-            peers.copy_adapters(side.model, model)
-            sides[kind] = fitted(peers.Peer(model, compiled.batches), num_clips, shape, bench)
+    clips, sides = batches(num_clips, num_clips, shape, bench), {}
+    for kind, in_fp32 in (("hf", True), ("peft in bf16", False)) if name == "7b" else ():
+        model = peers.stock(base, False, r=r, lora_alpha=2 * r, lora_dropout=0.0, in_fp32=in_fp32)
+        peers.copy_adapters(base, model)
+        sides[kind] = fitted(peers.Peer(model, clips), num_clips, shape, bench)
+    sides["ours compiled"] = Ours(compiled_copy(bench, base), 2, clips)
+    sides["ours"] = Ours(lean(base), 2, clips)
     yield from figures(bench, f"step2.{name}", sides, shape, r)
 
 
