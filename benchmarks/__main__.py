@@ -5,8 +5,8 @@
     python -m benchmarks report     # docs/performance.md from the results that are there
 
 Each writes benchmarks/results/<name>.json. Counts are exact on any machine. Times are taken in turns with what they
-are compared with, in one process, and only their ratio is told: machines differ, and are noisy. Those of a GPU at full size are
-another command, ``python -m benchmarks.gpu``.
+are compared with, in one process, and only their ratio is told: machines differ, and are noisy. What one GPU does at
+full size is another command's matter: ``python -m benchmarks.gpu``.
 """
 
 from __future__ import annotations
