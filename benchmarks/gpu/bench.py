@@ -11,7 +11,7 @@ import gc
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +44,7 @@ class Bench:
     @property
     def two_b(self) -> Shape:
         """Qwen2-VL-2B."""
-        return self.size(TWO_B, SMALL)
+        return self.size(TWO_B, replace(SMALL, tied=True))
 
     @property
     def turbo(self) -> EncoderShape:
