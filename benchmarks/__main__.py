@@ -5,7 +5,8 @@
     python -m benchmarks report     # docs/performance.md from the results that are there
 
 Each writes benchmarks/results/<name>.json. Counts are exact on any machine. Times are taken in turns with what they
-are compared with, in one process, and only their ratio is told: machines differ, and are noisy.
+are compared with, in one process, and only their ratio is told: machines differ, and are noisy. What one GPU does at
+full size is another command's matter: ``python -m benchmarks.gpu``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 
 from benchmarks import harness, report
 
-BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading")
+BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading", "e2e")
 PAGE = "report"
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import WhisperFeatureExtractor
 
 from benchmarks import harness, mini
 from benchmarks.harness import Figure
+from benchmarks.shapes import WHISPER_TINY
+from benchmarks.whisper import noise, random_whisper
 from graft.data import shard_format
 from graft.lengths import (
     ENCODER_FRAMES_PER_SECOND,
@@ -31,16 +33,6 @@ from graft.model.encoder import SpeechEncoder, log_mels
 
 CLIP_S, TURBO_SIZE = 10, 1280  # of the counted bytes: seconds of a clip, and a frame of whisper-large-v3-turbo
 BATCH = 16  # the default of audio.encode_batch_size
-TINY = {
-    "d_model": 384,
-    "encoder_layers": 4,
-    "encoder_attention_heads": 6,
-    "encoder_ffn_dim": 1536,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 6,
-    "decoder_ffn_dim": 1536,
-    "num_mel_bins": 80,
-}
 GEMM = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
 
 
@@ -58,11 +50,11 @@ def report() -> Iterator[Figure]:
     """Bytes, mels alone, then mels and encoder."""
     yield from bytes_per_hour()
     with tempfile.TemporaryDirectory() as folder:
-        whisper_tiny(Path(folder) / "hf")
+        random_whisper(Path(folder) / "hf", WHISPER_TINY)
         words = str(Path(folder) / "hf"), harness.fast_dtype(), "cpu"
         full, trimmed = SpeechEncoder(*words), SpeechEncoder(*words, "trimmed")
         ct2, version = ctranslate2_frames(Path(folder) / "hf", Path(folder) / "ct2", full.extractor)
-    clips = waveforms(BATCH)
+    clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:BATCH]])
     facts = compare(full, trimmed, clips)
     sides: dict[str, Callable[[], Any]] = {
         "our mels": lambda: log_mels(full.extractor, clips, full.window),
@@ -90,20 +82,6 @@ def bytes_per_hour() -> Iterator[Figure]:
         size = len(shard_format.encode(frames, dtype)) * 3600 // CLIP_S
         what = f"an hour of speech in {dtype} frames of {TURBO_SIZE} numbers (large-v3-turbo), clips of {CLIP_S} s"
         yield Figure(f"count.bytes_per_hour.{dtype}", size / 1e6, "MB", what, facts={"bytes": f"{size:,}"})
-
-
-def whisper_tiny(folder: Path) -> None:
-    """A random Whisper of the tiny model's encoder."""
-    torch.manual_seed(1)
-    WhisperForConditionalGeneration(WhisperConfig(**TINY)).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=TINY["num_mel_bins"]).save_pretrained(folder)
-
-
-def waveforms(count: int) -> list[np.ndarray]:
-    """Noise as long as the first clips of the fixed list."""
-    chance = np.random.default_rng(1)
-    samples = [frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:count]]
-    return [chance.standard_normal(size).astype(np.float32) * 0.1 for size in samples]
 
 
 def hf_mels(extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torch.Tensor:

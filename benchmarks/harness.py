@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ FEWEST_ROUNDS = 5  # of a published ratio
 NUM_ROUNDS = int(os.environ.get("BENCH_ROUNDS", FEWEST_ROUNDS))  # fewer are for trying out
 QUIET = 0.7  # rounds whose probe is below this share of the best were disturbed and are dropped
 AGREEMENT = 0.1  # wall and CPU ratios must be this close
+CPU = torch.device("cpu")
 _SAY = {">=": operator.ge, "<=": operator.le}
 
 
@@ -123,13 +124,27 @@ def publishable(wall: float, cpu: float, num_rounds: int) -> bool:
     return num_rounds >= FEWEST_ROUNDS and abs(wall - cpu) <= AGREEMENT * min(wall, cpu)
 
 
-def gemm_probe(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, rows: int = 1024) -> Callable[[], Spent]:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gemm_probe(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, rows: int = 1024, device: torch.device = CPU
+) -> Callable[[], Spent]:
     """A probe: GFLOP/s of (``rows``, in) x (in, out) products over all ``shapes``, the best of three."""
-    pairs = [(torch.randn(rows, n, dtype=dtype), torch.randn(m, n, dtype=dtype)) for n, m in shapes]
+    make = functools.partial(torch.randn, dtype=dtype, device=device)
+    pairs = [(make(rows, n), make(m, n)) for n, m in shapes]
     gigaflop = 2e-9 * rows * sum(n * m for n, m in shapes)
 
+    def products() -> None:
+        for x, w in pairs:
+            torch.nn.functional.linear(x, w)
+        synchronise(device)
+
     def probe() -> Spent:
-        spent = [timed(lambda: [torch.nn.functional.linear(x, w) for x, w in pairs]) for _ in range(3)]
+        spent = [timed(products) for _ in range(3)]
         return Spent(gigaflop / min(s.wall for s in spent), gigaflop / min(s.cpu for s in spent))
 
     return probe
@@ -157,10 +172,12 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def write(benchmark: str, at: str, figures: Sequence[Figure], folder: Path = RESULTS) -> Path:
-    """One benchmark's figures with what they were measured on, ``at`` that commit."""
+def write(
+    benchmark: str, at: str, figures: Sequence[Figure], folder: Path = RESULTS, on: Mapping[str, Any] | None = None
+) -> Path:
+    """One benchmark's figures with what they were measured on, ``at`` that commit; ``on`` None: this CPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"benchmark": benchmark, "commit": at, "versions": versions(), "machine": machine()}
+    found = {"benchmark": benchmark, "commit": at, "versions": versions(), "machine": on or machine()}
     told = [{**asdict(figure), "met": figure.met} for figure in figures]
     path = folder / f"{benchmark}.json"
     path.write_text(json.dumps({**found, "figures": told}, indent=1) + "\n")
@@ -168,7 +185,12 @@ def write(benchmark: str, at: str, figures: Sequence[Figure], folder: Path = RES
 
 
 def commit() -> str:
-    """The commit of the working tree, with a + if files differ from it; results and their report do not count."""
+    """The commit of the working tree, with a + if files differ from it; results and their report do not count.
+
+    BENCH_COMMIT names it on a machine that has a copy of the tree without its history.
+    """
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     head = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/performance.md")
     return head + ("+" if changed else "")
@@ -176,7 +198,7 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that were timed."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def machine() -> dict[str, Any]:
@@ -192,8 +214,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 

@@ -1,76 +1,88 @@
-"""The miniature that CPU benchmarks train: Qwen2-VL-7B's proportions at an eighth of its width, on 64 clips of speech.
+"""What is trained: a random graft of any shape, and clips of speech as the real collator makes micro-batches of them.
 
-With the true vocabulary a narrow model would be all loss, and whatever spares logits would look like a wonder: the
-vocabulary is scaled too, so that the head keeps its 8.4 % of the layers' parameters.
+CPU benchmarks train the miniature: Qwen2-VL-7B's proportions at an eighth of its width, on 64 clips. With the true
+vocabulary a narrow model would be all loss, and whatever spares logits would look like a wonder: the vocabulary is
+scaled too, so that the head keeps its 8.4 % of the layers' parameters.
 
 B: clips    T: positions    F: encoder frames    D: size of a frame
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
-from graft.data.collate import Batch
+from benchmarks.shapes import MINI, Shape
+from benchmarks.words import AFTER, BEFORE, REPLY, template, transcript
+from graft.data.collate import Batch, collate_training
+from graft.data.loader import FeatureSample
 from graft.data.plan import cut_step
-from graft.data.prompt import IGNORE_INDEX
 from graft.lengths import audio_tokens, encoder_frames, num_samples
 from graft.model.config import AudioGraftConfig
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lean import save_less
+from graft.model.lora import is_lora_name
+from graft.model.projector import build_projector
 
-WIDTH, HEADS, KV_HEADS, FFN, LAYERS, VOCAB, FRAME_SIZE = 448, 7, 1, 2368, 7, 4752, 160
-BEFORE, AFTER, REPLY = 20, 10, 30  # tokens of prompt, and of a transcript, which alone is learnt
-AUDIO_TOKEN, PAD = VOCAB - 1, VOCAB - 2
 NUM_CLIPS, MEAN_S, SIGMA, LONGEST_S = 64, 10.0, 0.6, 30.0
 MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 8_192
 R, RATE = 8, 1e-6  # of the adapters (64 at full width), and a rate so low that the model stays the same
-LAYER_SHAPES = [(WIDTH, WIDTH)] * 2 + [(WIDTH, WIDTH // HEADS * KV_HEADS)] * 2 + [(WIDTH, FFN)] * 2 + [(FFN, WIDTH)]
-_VISION = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH}
 
 
-def config(stack_factor: int, frame_size: int = FRAME_SIZE, **text: Any) -> AudioGraftConfig:
-    """Settings of the miniature graft; ``text`` overrides those of its language model."""
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        **text,
-    }
+def config(stack_factor: int, shape: Shape = MINI) -> AudioGraftConfig:
+    """Settings of a graft, its vision tower next to nothing."""
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": shape.hidden}
     return AudioGraftConfig(
-        text_config=settings,
-        vision_config={**_VISION, "hidden_size": settings["hidden_size"]},
-        tie_word_embeddings=False,
-        audio_config={"d_model": frame_size, "encoder_attention_heads": 1},
+        text_config=shape.text_config(),
+        vision_config=vision,
+        tie_word_embeddings=shape.tied,
+        audio_config={"d_model": shape.frame_size, "encoder_attention_heads": 1},
         has_audio_tower=False,
         stack_factor=stack_factor,
-        audio_token_id=AUDIO_TOKEN,
+        audio_token_id=shape.audio_token,
     )
 
 
-def graft(stack_factor: int, dtype: torch.dtype, seed: int = 1, **text: Any) -> AudioGraftForConditionalGeneration:
-    """A random miniature, frozen, its projector in fp32; the same language model for every ``stack_factor``."""
+def graft(
+    stack_factor: int,
+    dtype: torch.dtype,
+    shape: Shape = MINI,
+    seed: int = 1,
+    device: str | torch.device = "cpu",
+    lean: bool = True,
+) -> AudioGraftForConditionalGeneration:
+    """A random graft, frozen, its projector in fp32; the same language model for every ``stack_factor``."""
     torch.manual_seed(seed)
-    model = AudioGraftForConditionalGeneration._from_config(config(stack_factor, **text), dtype=dtype)
-    projector = model.model.multi_modal_projector.float()
-    projector.initialise(model.get_input_embeddings().weight.float().std().item(), torch.Generator().manual_seed(seed))
-    save_less(model.model.language_model)
+    with torch.device(device):
+        model = AudioGraftForConditionalGeneration._from_config(config(stack_factor, shape), dtype=dtype)
+    _renew_projector(model, seed)
+    if lean:
+        save_less(model.model.language_model)
     return model.requires_grad_(False).train()
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy of what trains in stage 2, projector and adapters; all else both hold."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    shared = [t for name, t in tensors if "multi_modal_projector" not in name and not is_lora_name(name)]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def restacked(
+    model: AudioGraftForConditionalGeneration, stack_factor: int, seed: int = 1
+) -> AudioGraftForConditionalGeneration:
+    """The same language model behind a projector for another ``stack_factor``."""
+    other = shared_copy(model)
+    other.config.stack_factor = other.model.config.stack_factor = stack_factor
+    with torch.device(model.device):
+        other.model.multi_modal_projector = build_projector(**other.config.projector_settings())
+    _renew_projector(other, seed)
+    return other.requires_grad_(False)
 
 
 def clip_frames() -> list[int]:
@@ -94,33 +106,31 @@ def step_batches(stack_factor: int) -> list[Batch]:
     return [batch(group, [frames[i] for i in group], stack_factor) for group in groups]
 
 
-def batch(clips: Sequence[int], frames: Sequence[int], stack_factor: int) -> Batch:
+def batch(clips: Sequence[int], frames: Sequence[int], stack_factor: int, shape: Shape = MINI) -> Batch:
     """Clips by their number, ``frames`` (B,) of each, as a micro-batch padded on the right."""
-    made = [_clip(clip, count) for clip, count in zip(clips, frames, strict=True)]
-    features, words = [m[0] for m in made], [m[1] for m in made]
-    rows = []
-    for count, row in zip(frames, words, strict=True):
-        audio = torch.full((audio_tokens(count, stack_factor),), AUDIO_TOKEN)
-        rows.append(torch.cat([row[:BEFORE], audio, row[BEFORE:]]))
-    ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
-    learnt = pad_sequence([torch.arange(len(row)) >= len(row) - REPLY for row in rows], batch_first=True)
-    return Batch(
-        ids=tuple(f"clip {clip}" for clip in clips),
-        input_ids=ids,
-        attention_mask=pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True),
-        labels=ids.masked_fill(~learnt, IGNORE_INDEX),
-        audio_features=pad_sequence(features, batch_first=True),
-        audio_feature_lengths=torch.tensor(frames),
-        num_shared=BEFORE,
-    )
+    samples = [_clip(clip, count, shape) for clip, count in zip(clips, frames, strict=True)]
+    return collate_training(samples, template(shape, stack_factor))
 
 
-def _clip(clip: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (F, D) in bf16, and the ids of prompt and reply: the same for every stacking and padding.
+def clips_and_labels(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Of a step."""
+    return sum(len(batch.ids) for batch in batches), sum(batch.num_label_tokens for batch in batches)
 
-    All clips have one prompt, as utterances in training have.
-    """
+
+def reply(clip: int, shape: Shape) -> str:
+    """The transcript of a clip: random, without its end."""
     chance = torch.Generator().manual_seed(1000 + clip)
-    words = torch.randint(2, VOCAB - 2, (BEFORE + AFTER + REPLY,), generator=chance)
-    words[: BEFORE + AFTER] = torch.arange(2, 2 + BEFORE + AFTER)
-    return torch.randn(frames, FRAME_SIZE, generator=chance).bfloat16(), words
+    return transcript(torch.randint(3, shape.pad_token, (REPLY - 1,), generator=chance).tolist())
+
+
+def _clip(clip: int, frames: int, shape: Shape) -> FeatureSample:
+    """Random frames (F, D) in bf16 and a random transcript, the same for every stacking and padding."""
+    chance = torch.Generator().manual_seed(1000 + clip)
+    features = torch.randn(frames, shape.frame_size, generator=chance).bfloat16()
+    return FeatureSample(f"clip {clip}", reply(clip, shape), features)
+
+
+def _renew_projector(model: AudioGraftForConditionalGeneration, seed: int) -> None:
+    projector = model.model.multi_modal_projector.float()
+    spread = model.get_input_embeddings().weight.float().std().item()
+    projector.initialise(spread, torch.Generator().manual_seed(seed))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import mini
-from benchmarks.harness import fast_dtype
+from benchmarks.shapes import MINI, Shape
 from graft.data.collate import Batch
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lora import DEFAULT_TARGETS, is_lora_name
@@ -32,9 +32,9 @@ SEED_DROPOUT = 0.05
 class StockGraft(nn.Module):
     """Stock Qwen2-VL behind a two-layer projector of joined frames, as peers write it."""
 
-    def __init__(self, qwen: nn.Module, projector: nn.Module, stack_factor: int):
+    def __init__(self, qwen: nn.Module, projector: nn.Module, stack_factor: int, audio_token: int):
         super().__init__()
-        self.qwen, self.stack_factor = qwen, stack_factor
+        self.qwen, self.stack_factor, self.audio_token = qwen, stack_factor, audio_token
         self.projector = projector.requires_grad_(True)
 
     def forward(self, batch: Batch, num_items_in_batch: int) -> torch.Tensor:
@@ -44,9 +44,9 @@ class StockGraft(nn.Module):
         joined = frames.reshape(len(frames), -1, self.stack_factor * frames.shape[2])
         audio = self.projector.linear_2(nn.functional.gelu(self.projector.linear_1(joined)))
         counts = (batch.audio_feature_lengths + self.stack_factor - 1) // self.stack_factor
-        audio = audio[torch.arange(audio.shape[1]) < counts[:, None]]
+        audio = audio[torch.arange(audio.shape[1], device=audio.device) < counts[:, None]]
         embeds = self.qwen.get_input_embeddings()(batch.input_ids)
-        places = (batch.input_ids == mini.AUDIO_TOKEN)[..., None].expand_as(embeds)
+        places = (batch.input_ids == self.audio_token)[..., None].expand_as(embeds)
         embeds = embeds.masked_scatter(places, audio.to(embeds.dtype))
         return self.qwen(
             inputs_embeds=embeds,
@@ -62,7 +62,7 @@ class Peer:
 
     def __init__(self, model: StockGraft, batches: Sequence[Batch]) -> None:
         self.model, self.batches, self.projector = model, batches, model.projector
-        self.num_clips, self.num_labels = clips_and_labels(batches)
+        self.num_clips, self.num_labels = mini.clips_and_labels(batches)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(self.trained, lr=mini.RATE)
 
@@ -76,18 +76,20 @@ class Peer:
 
     def loss(self, batch: Batch) -> Tensor:
         """A micro-batch's share of the step's loss."""
-        return self.model(batch, self.num_labels)
+        return self.model(batch.to(self.projector.linear_1.weight.device), self.num_labels)
 
 
-def seed_form(stage: int) -> Peer:
-    """The seed's own form of a stage."""
-    lora = {"r": mini.R, "lora_alpha": 2 * mini.R, "lora_dropout": SEED_DROPOUT} if stage == 2 else {}
-    model = stock(mini.graft(1, fast_dtype()), checkpointing=True, **lora)
-    return Peer(model, seed_batches(stage))
+def seed_form(graft: AudioGraftForConditionalGeneration, stage: int, shape: Shape = MINI, r: int = mini.R) -> Peer:
+    """The seed's own form of a stage, on the frozen weights of ``graft``."""
+    lora = {"r": r, "lora_alpha": 2 * r, "lora_dropout": SEED_DROPOUT} if stage == 2 else {}
+    return Peer(stock(mini.restacked(graft, 1), checkpointing=True, **lora), seed_batches(stage, shape))
 
 
 def stock(graft: AudioGraftForConditionalGeneration, checkpointing: bool, **lora: Any) -> StockGraft:
-    """Stock Qwen2-VL on the frozen weights of ``graft``, a copy of its projector; ``lora`` are PEFT's settings."""
+    """Stock Qwen2-VL on the frozen weights of ``graft``, a copy of its projector; ``lora`` are PEFT's settings.
+
+    ``in_fp32=False`` among them leaves the adapters in the precision of the frozen weights.
+    """
     fields = graft.config.to_dict()
     parts = {name: fields[name] for name in ("text_config", "vision_config", "tie_word_embeddings")}
     with torch.device("meta"):
@@ -99,10 +101,13 @@ def stock(graft: AudioGraftForConditionalGeneration, checkpointing: bool, **lora
     qwen.requires_grad_(False)
     _share_buffers(graft, qwen)
     if lora:
-        qwen = get_peft_model(qwen, LoraConfig(target_modules=DEFAULT_TARGETS, **lora))
+        in_fp32 = lora.pop("in_fp32", True)  # PEFT's own default
+        settings = LoraConfig(target_modules=DEFAULT_TARGETS, **lora)
+        qwen = get_peft_model(qwen, settings, autocast_adapter_dtype=in_fp32)
     if checkpointing:
         qwen.gradient_checkpointing_enable()
-    return StockGraft(qwen, copy.deepcopy(graft.model.multi_modal_projector), graft.config.stack_factor).train()
+    projector = copy.deepcopy(graft.model.multi_modal_projector)
+    return StockGraft(qwen, projector, graft.config.stack_factor, graft.config.audio_token_id).train()
 
 
 def copy_adapters(graft: nn.Module, peer: nn.Module) -> None:
@@ -114,15 +119,10 @@ def copy_adapters(graft: nn.Module, peer: nn.Module) -> None:
             other.copy_(mine)
 
 
-def seed_batches(stage: int) -> list[Batch]:
+def seed_batches(stage: int, shape: Shape = MINI) -> list[Batch]:
     """One micro-batch of the seed's: every clip costs it the same, so one of them tells its clips a second."""
     clips = range(SEED_BATCH[stage])
-    return [mini.batch(clips, [SEED_FRAMES] * len(clips), stack_factor=1)]
-
-
-def clips_and_labels(batches: Sequence[Batch]) -> tuple[int, int]:
-    """Of a step."""
-    return sum(len(batch.ids) for batch in batches), sum(batch.num_label_tokens for batch in batches)
+    return [mini.batch(clips, [SEED_FRAMES] * len(clips), stack_factor=1, shape=shape)]
 
 
 def _share_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -9,6 +9,7 @@ not depend on values: weights stay uninitialised and matrix products are not com
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from benchmarks import mini, peers
 from benchmarks.harness import Figure, WithoutProducts
+from benchmarks.shapes import MINI, SEVEN_B
 from graft.data.collate import Batch
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lean import save_less
@@ -23,15 +25,8 @@ from graft.model.lora import add_lora
 from graft.model.trainable import select_trainable
 from graft.recipe import Lora
 
-HIDDEN, FFN, HEADS, KV_HEADS, R = 3584, 18944, 28, 4, 64  # Qwen2-VL-7B, and the adapters of the recipe
-TRUE_WIDTH = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": FFN,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-KV = HIDDEN // HEADS * KV_HEADS
+R = 64  # of the adapters, as in the recipe
+HIDDEN, FFN, KV = SEVEN_B.hidden, SEVEN_B.ffn, SEVEN_B.hidden // SEVEN_B.heads * SEVEN_B.kv_heads
 # Numbers in bf16: both norms' inputs, q, k, v, the attention's output, gate and up. The rest follows from these.
 STAGE_1 = 4 * HIDDEN + 2 * KV + 2 * FFN
 # The adapters' inputs that are not among them, both norms' outputs and down's input; and what each A gives its B.
@@ -55,8 +50,9 @@ def report() -> Iterator[Figure]:
 
 def true_width(num_layers: int) -> AudioGraftForConditionalGeneration:
     """The graft on the 7B's language model, cut to some layers, its weights whatever the memory holds."""
+    shape = replace(SEVEN_B, layers=num_layers, vocab=MINI.vocab, frame_size=MINI.frame_size)
     with torch.device("meta"):
-        config = mini.config(4, frame_size=mini.FRAME_SIZE, num_hidden_layers=num_layers, **TRUE_WIDTH)
+        config = mini.config(4, shape)
         model = AudioGraftForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     return model.to_empty(device="cpu").requires_grad_(False).train()
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import encoding, harness, losses, mini, report, saved, steps, zero2
+from benchmarks import e2e, encoding, harness, losses, mini, ours, report, saved, shapes, steps, zero2
+from benchmarks.gpu import __main__ as gpu_command
+from benchmarks.gpu import bench, feeding
 from benchmarks.harness import Figure, Round, Spent
 from graft.data.prompt import IGNORE_INDEX
+from graft.recipe import Stage
 
 
 def test_sides_take_turns_and_each_begins_once() -> None:
@@ -99,9 +102,9 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_miniature_has_the_proportions_of_the_7b() -> None:
-    layers = mini.LAYERS * sum(n * m for n, m in mini.LAYER_SHAPES)
+    layers = 7 * sum(n * m for n, m in shapes.MINI.layer_shapes)
     full = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
-    assert mini.WIDTH * mini.VOCAB / layers == pytest.approx(3584 * 152064 / full, rel=0.01)
+    assert shapes.MINI.hidden * shapes.MINI.vocab / layers == pytest.approx(3584 * 152064 / full, rel=0.01)
 
 
 def test_a_step_holds_every_clip_once_at_its_length() -> None:
@@ -164,3 +167,121 @@ def test_without_ctranslate2_its_figures_are_left_out(tmp_path: Path, monkeypatc
     monkeypatch.setattr(encoding.importlib.util, "find_spec", lambda name: None)
     call, reason = encoding.ctranslate2_frames(tmp_path, tmp_path / "made", None)
     assert call is None and reason == "left out: not installed (the extra 'bench' has it)"
+
+
+def test_parameters_of_the_full_sizes() -> None:
+    """Arithmetic on the published shapes, by hand: see the shapes in Qwen2-VL's and Whisper's config.json."""
+    assert shapes.SEVEN_B.layer_parameters == 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) == 6_525_288_448
+    assert shapes.SEVEN_B.head_parameters == 544_997_376 and shapes.SEVEN_B.lora_parameters(64) == 161_480_704
+    assert shapes.TWO_B.layer_parameters == 1_310_195_712 and shapes.TWO_B.lora_parameters(64) == 73_859_072
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions", "labels", "r", "teraflop"),
+    [
+        (shapes.SEVEN_B, 185, 30, 0, 4.915),  # a clip of 10 s, stage 1: 185 x 26.1 GF, attention 21, logits 65
+        (shapes.SEVEN_B, 185, 30, 64, 5.094),  # stage 2: 0.97 GF more at each position
+        (shapes.SEVEN_B, 1560, 30, 0, 42.25),  # the seed's clip
+        (shapes.TWO_B, 185, 30, 0, 1.006),
+        (shapes.SEVEN_B, 4096, 4096, 16, 126.95),  # the published twin: 31 GF a token
+    ],
+)
+def test_flop_of_a_row(shape: shapes.Shape, positions: int, labels: int, r: int, teraflop: float) -> None:
+    assert shape.row_flop(positions, labels, r) / 1e12 == pytest.approx(teraflop, rel=1e-3)
+
+
+@pytest.mark.parametrize(("frames", "teraflop"), [(1500, 2.274), (1000, 1.434), (500, 0.676)])
+def test_flop_of_the_encoder(frames: int, teraflop: float) -> None:
+    assert shapes.TURBO.flop(frames) / 1e12 == pytest.approx(teraflop, rel=1e-3)
+
+
+def test_the_seeds_training_extrapolated() -> None:
+    """160,000 clips at 160 a second are 1,000 s, 20,000 at 100 are 200 s: 20 minutes."""
+    assert feeding.extrapolated_minutes({1: 160.0, 2: 100.0}) == 20.0
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 17, 63, 64, 99, 100, 400])
+def test_the_largest_that_fits_is_found(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= limit
+
+    found = bench.largest(fits, 1, 100)
+    assert found <= limit and min(limit, 100) - found <= 0.03 * found + 1
+    assert max(tried) <= 100 and len(tried) <= 14
+
+
+def test_a_ratio_on_a_gpu_is_of_middle_rounds_and_published_where_the_best_tell_the_same() -> None:
+    def rounds(*peer: float) -> list[Round]:
+        return [Round({"peer": Spent(wall, 0.0), "ours": Spent(2.0, 0.0)}, Spent(1.0, 1.0)) for wall in peer]
+
+    value, published, _ = bench.ratio(rounds(6, 6.2, 5.9, 7, 6.1), "peer", "ours", weight=0.5)
+    assert value == pytest.approx(0.5 * 6.1 / 2) and published
+    assert not bench.ratio(rounds(6, 8, 8, 8, 5), "peer", "ours")[1]
+
+
+def test_a_share_of_the_gemm_is_of_the_same_round() -> None:
+    """On a GPU that slows down to a half the share stays what it is, 3 of 6 and 1.5 of 3 TFLOP/s."""
+    taken = [Round({"ours": Spent(s, 0.0)}, Spent(g, g)) for s, g in ((1.0, 6e3), (2.0, 3e3), (2.0, 3e3))]
+    assert bench.share_of_gemm(taken, "ours", 3e12) == pytest.approx(0.5)
+
+
+def test_the_seeds_way_is_counted_in_its_own_micro_batches() -> None:
+    """24 clips, 8 passes in micro-batches of 8 and 1 in those of 4: 24 and 6 of them; one start, two savings."""
+    spent = {
+        "seed starts": Spent(5.0, 1.0),
+        "seed stage 1": Spent(2.0, 3.0),
+        "seed stage 2": Spent(10.0, 20.0),
+        "seed saves": Spent(0.5, 0.25),
+    }
+    assert e2e.whole(spent, 24) == Spent(5 + 24 * 2 + 6 * 10 + 2 * 0.5, 1 + 24 * 3 + 6 * 20 + 2 * 0.25)
+
+
+def test_a_clip_of_ten_seconds_takes_185_positions_through_the_real_collator() -> None:
+    batch = mini.batch([3, 5], [500, 497], stack_factor=4, shape=shapes.SMALL)
+    assert batch.input_ids.shape == (2, 185) and batch.num_padding == 0  # 497 frames are 125 tokens too
+    assert (batch.input_ids == shapes.SMALL.audio_token).sum(1).tolist() == [125, 125]
+    assert batch.num_label_tokens == 60 and batch.input_ids.max() < shapes.SMALL.vocab
+
+
+def test_a_shared_copy_trains_apart_and_holds_the_frozen_weights_once() -> None:
+    model = mini.graft(4, torch.float32, shapes.SMALL)
+    other = mini.shared_copy(model)
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    own = {name for name in ours if ours[name] is not theirs[name]}
+    assert own == {name for name in ours if "multi_modal_projector" in name} and own
+    seeds = mini.restacked(model, 1)
+    assert seeds.model.multi_modal_projector.linear_1.in_features == shapes.SMALL.frame_size
+    assert model.config.stack_factor == 4 and model.model.multi_modal_projector.linear_1.in_features == 4 * 16
+
+
+def test_the_plain_engine_steps_as_adamw_does_and_skips_what_is_not_finite() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    engine = ours.PlainEngine(layer, rate=0.1, settings=Stage(max_grad_norm=1.0))
+    before = layer.weight.detach().clone()
+    engine.backward(layer(torch.tensor([[3.0, 4.0]])).sum())
+    norm, applied = engine.step(0.5)
+    assert norm == pytest.approx(5.0) and applied
+    assert torch.allclose(layer.weight, before - 0.05)  # Adam's first step is the rate, whatever the gradient
+    engine.backward(layer(torch.tensor([[float("nan"), 1.0]])).sum())
+    held = layer.weight.detach().clone()
+    assert not engine.step(1.0)[1] and torch.equal(layer.weight, held)
+
+
+def test_a_gpus_results_say_which_gpu(tmp_path: Path) -> None:
+    on = {"gpu": "Test GPU", "memory": "3 GiB", "driver": "1.2", "power limit": "700.00 W", "cuda": "13.0", "cores": 5}
+    harness.write("gpu.dice", "abc1234", [Figure("dice", 6.0, "x", "pips")], tmp_path, on)
+    page = report.write_page(tmp_path, tmp_path / "page.md").read_text()
+    assert (
+        "`python -m benchmarks.gpu dice` at commit abc1234; Test GPU, 3 GiB, driver 1.2, power limit 700.00 W" in page
+    )
+
+
+def test_without_a_gpu_the_gpu_benchmarks_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_command.main([], small=False) == 2 and "--small" in capsys.readouterr().err
+    assert gpu_command.main(["step9"], small=True) == 2 and "there are: ceiling, step1.7b" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from graft.data.audio import AudioError
 from graft.data.loader import MixedSource, OnlineSource, Prefetcher, ShardSource, read_samples
 from graft.data.manifest import Manifest, Utterance
-from graft.data.shard_format import FeatureSet
+from graft.data.shard_format import DamagedShard, FeatureSet
 from graft.lengths import Window, encoder_frames
 from tests.test_shard_format import LENGTHS, features, write_set
 
@@ -127,6 +127,33 @@ def test_a_set_as_a_source(tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["u4.x", "u0.x", "u2.x"]
     assert all(torch.equal(s.audio_features, features(i)) for s, i in zip(samples, order, strict=True))
     assert samples[0].text == "text 4 é" and samples[0].instruction == "Write."
+
+
+def test_samples_of_a_micro_batch_are_read_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers must be inside at once, or the barrier breaks; what comes out is in the order that was asked for."""
+    feature_set, inside = FeatureSet.open(write_set(tmp_path / "odd")), threading.Barrier(2, timeout=10)
+    read = feature_set.read
+
+    def meet(position: int) -> torch.Tensor:
+        inside.wait()
+        return read(position)
+
+    monkeypatch.setattr(feature_set, "read", meet)
+    assert [len(f) for f in ShardSource(feature_set).read_many([3, 1])] == [LENGTHS[3], LENGTHS[1]]
+
+
+def test_the_first_damaged_sample_of_a_micro_batch_is_the_one_told(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "odd")
+    whole = FeatureSet.open(folder)
+    for position in (3, 1):
+        entry = whole.entries[position]
+        with (folder / entry.shard).open("r+b") as shard:
+            shard.seek(entry.offset + entry.size - 1)
+            last = shard.read(1)
+            shard.seek(entry.offset + entry.size - 1)
+            shard.write(bytes([last[0] ^ 1]))
+    with pytest.raises(DamagedShard, match="features of 'u1.x'"):
+        ShardSource(FeatureSet.open(folder)).read_many([0, 1, 2, 3])
 
 
 def two_sets(folder: Path) -> dict[str, ShardSource]:
