@@ -1,12 +1,11 @@
 """Encoding speech with a large-v3-turbo-shaped encoder: waveforms on the host to frames on the host, mels on the GPU.
 
 ``enc.full`` pads every clip to the window, as Whisper was trained; its clips fill it. ``enc.trimmed`` encodes clips of
-10 s over 10 s: mels and positional table are cut here, in the benchmark; frames are others than those of the window.
+10 s as ``audio.window: trimmed`` does, over the half seconds that hold them.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.gpu.bench import Bench, rate, ratio, share_of_gemm
 from benchmarks.harness import Figure
 from benchmarks.whisper import noise, random_whisper
 from graft.data.loader import Prefetcher
-from graft.lengths import SAMPLE_RATE, Window
-from graft.model.encoder import SpeechEncoder
+from graft.lengths import SAMPLE_RATE
+from graft.model.encoder import AudioWindow, SpeechEncoder
 
 BATCH, NUM_BATCHES, CLIP_S = 64, 6, 10
 SPEEDS = {"full": ">= 7800", "trimmed": ">= 7600"}
@@ -38,20 +36,19 @@ def full(bench: Bench) -> Iterator[Figure]:
         "hf with extractor": (lambda: stock(encoder, extracted(encoder, few)), len(few)),
         "hf encoder": (lambda: stock(encoder, mels.to(bench.device)), len(batch)),
     }
-    yield from figures(bench, "full", encoder, batch, encoder.window.num_frames, peers)
+    yield from figures(bench, "full", encoder, batch, peers)
 
 
 def trimmed(bench: Bench) -> Iterator[Figure]:
-    """Windows as long as the clips."""
-    frames = CLIP_S * 50
+    """Windows hardly longer than the clips."""
     with tempfile.TemporaryDirectory() as folder:
-        encoder = cut(turbo(bench, Path(folder)), frames)
+        encoder = turbo(bench, Path(folder), "trimmed")
     batch = noise([CLIP_S * SAMPLE_RATE] * bench.size(3 * BATCH, 2))
-    yield from figures(bench, "trimmed", encoder, batch, frames, {})
+    yield from figures(bench, "trimmed", encoder, batch, {})
 
 
 def figures(
-    bench: Bench, kind: str, encoder: SpeechEncoder, batch: Sequence[np.ndarray], frames: int, peers: dict[str, Any]
+    bench: Bench, kind: str, encoder: SpeechEncoder, batch: Sequence[np.ndarray], peers: dict[str, Any]
 ) -> Iterator[Figure]:
     """Hours of audio an hour, as precomputation encodes and with a second thread; ratios to peers."""
     batches = [batch] * bench.size(NUM_BATCHES, 1)
@@ -62,10 +59,13 @@ def figures(
     sides |= {name: call for name, (call, _) in peers.items()}
     taken = bench.rounds(sides, bench.seven_b)
     clips = len(batch) * len(batches)
+    frames = encoder.window_of(len(batch[0])).num_frames
     hours, flop = clips * len(batch[0]) / SAMPLE_RATE, clips * bench.turbo.flop(frames)
     for side, suffix, target in (("one thread", "", SPEEDS[kind]), ("two threads", ".two_threads", "")):
         facts = {"share of GEMM": share_of_gemm(taken, side, flop), "batch": len(batch), "clips": clips}
-        what = f"hours of audio an hour, {frames / 50:g} s clips, waveforms to frames on the host, {side}"
+        what = (
+            f"hours of audio an hour, {len(batch[0]) / SAMPLE_RATE:g} s clips, waveforms to frames on the host, {side}"
+        )
         yield rate(f"enc.{kind}{suffix}", taken, side, hours, "audio-h/h", what, target, **facts)
     for (name, (_, count)), target in zip(peers.items(), (">= 5", ""), strict=False):
         value, steady, facts = ratio(taken, name, "one thread", clips / count)
@@ -73,20 +73,10 @@ def figures(
         yield Figure(f"enc.{kind}.{name.replace(' ', '_')}_ratio", value, "x", what, target, steady, facts)
 
 
-def turbo(bench: Bench, folder: Path) -> SpeechEncoder:
+def turbo(bench: Bench, folder: Path, window: AudioWindow = "full") -> SpeechEncoder:
     """The encoder, random, in bf16 on the GPU."""
     random_whisper(folder, bench.turbo, torch.bfloat16)
-    return SpeechEncoder(str(folder), torch.bfloat16, bench.device)
-
-
-def cut(encoder: SpeechEncoder, num_frames: int) -> SpeechEncoder:
-    """The same encoder with a shorter window: the first positions of its table, and mels of that length."""
-    shorter = copy.copy(encoder)
-    shorter.model = copy.deepcopy(encoder.model)
-    shorter.model.embed_positions = nn.Embedding.from_pretrained(encoder.model.embed_positions.weight[:num_frames])
-    shorter.model.config.max_source_positions = shorter.model.max_source_positions = num_frames
-    shorter.window = Window(num_frames)
-    return shorter
+    return SpeechEncoder(str(folder), torch.bfloat16, bench.device, window)
 
 
 def in_threads(encoder: SpeechEncoder, batches: Sequence[Sequence[np.ndarray]], threads: int) -> None:
