@@ -129,19 +129,6 @@ def test_a_set_as_a_source(tmp_path: Path) -> None:
     assert samples[0].text == "text 4 é" and samples[0].instruction == "Write."
 
 
-def test_samples_of_a_micro_batch_are_read_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two readers must be inside at once, or the barrier breaks; what comes out is in the order that was asked for."""
-    feature_set, inside = FeatureSet.open(write_set(tmp_path / "odd")), threading.Barrier(2, timeout=10)
-    read = feature_set.read
-
-    def meet(position: int) -> torch.Tensor:
-        inside.wait()
-        return read(position)
-
-    monkeypatch.setattr(feature_set, "read", meet)
-    assert [len(f) for f in ShardSource(feature_set).read_many([3, 1])] == [LENGTHS[3], LENGTHS[1]]
-
-
 def test_the_first_damaged_sample_of_a_micro_batch_is_the_one_told(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "odd")
     whole = FeatureSet.open(folder)

@@ -25,7 +25,6 @@ from graft.data.shard_format import FeatureSet
 from graft.lengths import Window, WindowExceeded, encoder_frames, num_samples
 
 Encode = Callable[[list[np.ndarray]], list[torch.Tensor]]  # waveforms (S_i,) -> features (F_i, D), one window each
-READERS = 4  # threads that read a micro-batch from shards
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -75,14 +74,8 @@ class ShardSource:
         self.entries = feature_set.entries
 
     def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Features (F_i, D); see :meth:`FeatureSet.read` for the errors.
-
-        Several threads read: copying and CRC let each other run, and one thread alone would keep a fast GPU waiting.
-        """
-        if len(indices) < 2:
-            return [self.feature_set.read(i) for i in indices]
-        with ThreadPoolExecutor(min(READERS, len(indices)), thread_name_prefix="read") as pool:
-            return list(pool.map(self.feature_set.read, indices))
+        """Features (F_i, D); see :meth:`FeatureSet.read` for the errors."""
+        return [self.feature_set.read(i) for i in indices]
 
 
 @dataclass(frozen=True, slots=True)
