@@ -31,6 +31,7 @@ setup(
         "soxr>=0.5",
         "huggingface_hub>=1",
         "safetensors>=0.5",
+        "xxhash>=3.4",
         "pydantic>=2.7,<3",
         "pyyaml>=6",
         "rich>=13",

@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from graft import command
 from graft.data.cache import GB, Cache, RemoteFiles
 from graft.data.fetch import origin_of
 from graft.data.progress import Meter, clock
-from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, SetFiles, decode
+from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, SetFiles, decode, digest_of
 from graft.recipe import Data
 
 BLOCK = 1 << 22  # bytes read at once
@@ -167,7 +166,7 @@ def _check_members(
     count = 0
     for entry, (key, about, offset, data) in zip(entries, walked, strict=False):
         count += 1
-        if (key, offset, len(data), zlib.crc32(data)) != (entry.key, entry.offset, entry.size, entry.crc32):
+        if (key, offset, len(data), digest_of(data)) != (entry.key, entry.offset, entry.size, entry.xxh3):
             raise _Wrong(f"'{entry.id}' is not where, or what, the index says")
         said = {
             name: value for name, value in entry.as_line().items() if name not in ("key", "shard", "offset", "size")

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -29,6 +28,7 @@ from graft.data.shard_format import (
     REJECTS,
     SAMPLES,
     SampleEntry,
+    digest_of,
     encode,
     seal_of,
     shard_name,
@@ -133,7 +133,7 @@ class ShardWriter:
             "duration": seconds(num_samples),
         } | utterance.extras()
         data = encode(features, self._description.dtype, seal_of(about))
-        about["crc32"] = zlib.crc32(data)
+        about["xxh3"] = digest_of(data)
         self._add_member(f"{key}.json", json.dumps(about, ensure_ascii=False, sort_keys=True).encode())
         offset = self._add_member(f"{key}.safetensors", data)
         entry = SampleEntry(key=key, shard=self._path.name, offset=offset, size=len(data), **about)
