@@ -38,9 +38,9 @@ class Batch:
     labels: torch.Tensor | None
     audio_features: torch.Tensor
     audio_feature_lengths: torch.Tensor
-    num_shared: int = 0
     audio_places: torch.Tensor | None = None
     audio_tokens: torch.Tensor | None = None
+    num_shared: int = 0
     label_positions: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
