@@ -124,6 +124,29 @@ def test_a_murmur_is_the_sentence_in_slots() -> None:
         assert [each for each in order if each in words] == words
 
 
+def test_lessons_go_from_repeating_to_murmurs_to_chats() -> None:
+    """Whatever the lesson, the answer alone is learnt: the text that was written out or murmured, and its end."""
+    from chat_tasks import IGNORED, LESSONS, TAIL, TaskMaker, lesson_at
+    from qwen2vl_base import load_base
+
+    model, tokenizer = load_base(Path(TINY, "qwen2_vl"))
+    tasks = TaskMaker(tokenizer, model.config.text_config.vocab_size, excluded=())
+    assert [LESSONS.index(lesson_at(LESSONS, step, 100)) for step in (0, 24, 25, 59, 60, 99)] == [0, 0, 1, 1, 2, 2]
+    for seed in range(20):
+        written, murmured = (tasks.draw(Random(seed), lesson) for lesson in LESSONS[:2])
+        for sequence in (written, murmured):
+            answer = tokenizer.decode(sequence.labels[sequence.labels != IGNORED])
+            assert sequence.labels[-1] == IGNORED and answer.endswith("<|im_end|>")
+            said = tokenizer.decode(sequence.mixture.argmax(1))
+            assert said.endswith(TAIL + answer + "\n")
+        answer = tokenizer.decode(written.labels[written.labels != IGNORED])
+        assert (
+            tokenizer.decode(written.mixture.argmax(1))
+            == " " + answer.removesuffix("<|im_end|>") + TAIL + answer + "\n"
+        )
+        assert murmured.noisy.any() and not (murmured.noisy & (murmured.labels != IGNORED)).any()
+
+
 def test_joined_utterances_fit_the_window() -> None:
     import numpy as np
 

@@ -1,6 +1,7 @@
 """Pretrain the tiny Qwen2-VL on text and pictures and save it, in stock Hugging Face format, to ``qwen2_vl/``.
 
-    python examples/tiny/pretrain_qwen2vl.py [--steps 2400] [--cache FOLDER] [--output FOLDER]
+    python examples/tiny/pretrain_qwen2vl.py                       # the course of following, from random weights
+    python examples/tiny/pretrain_qwen2vl.py --course spelling     # and then this one, from what the first has saved
 
 It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
 coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
@@ -20,18 +21,42 @@ import jiwer
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from chat_tasks import INSTRUCTIONS, TRANSCRIBE, TaskMaker, TextBatch, collate, draw_row, draw_sentence, embed
-from grammar import DIGITS
+from chat_tasks import (
+    INSTRUCTIONS,
+    LESSONS,
+    SPELLING,
+    TRANSCRIBE,
+    Lesson,
+    TaskMaker,
+    TextBatch,
+    collate,
+    draw_row,
+    draw_sentence,
+    embed,
+    lesson_at,
+)
+from grammar import DIGITS, vocabulary
 from make_corpus import HERE, plan_corpus
 from pictures import COLOURS, QUESTIONS, SHAPES, picture_batch
-from qwen2vl_base import SYSTEM, make_config, make_generation_config, make_tokenizer, save_base
+from qwen2vl_base import SYSTEM, load_base, make_config, make_generation_config, make_tokenizer, save_base
 from training_run import Losses, TrainingRun
 
-PEAK_LR = 2e-3
 WARMUP_STEPS = 100
 BATCH_SIZE = 32
-PICTURE_EVERY = 2  # steps
 NUM_TOKENIZER_SENTENCES = 10_000
+
+
+@dataclass(frozen=True)
+class Course:
+    """Lessons, in how many steps and with which peak of the learning rate."""
+
+    lessons: tuple[Lesson, ...]
+    steps: int
+    peak_lr: float
+    picture_every: int  # steps
+
+
+COURSES = {"following": Course(LESSONS, 3_600, 2e-3, 2), "spelling": Course(SPELLING, 600, 1e-3, 1)}
 
 
 @dataclass
@@ -43,6 +68,7 @@ class Training:
     tasks: TaskMaker
     processor: Qwen2VLImageProcessorPil
     seed: int
+    course: Course
 
 
 def held_out_sentences(seed: int) -> list[str]:
@@ -55,29 +81,34 @@ def tokenizer_texts(excluded: Collection[str], seed: int) -> list[str]:
     """What the tokenizer learns its pieces from: sentences, and the fixed phrases of the chat."""
     rng = Random(f"{seed}/tokenizer")
     answers = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    phrases = [SYSTEM, "system\nuser\nassistant\n", *INSTRUCTIONS, *QUESTIONS, *answers]
+    words = [before + word for word in vocabulary() for before in ("", " ")]  # each one piece, wherever it stands
+    phrases = [SYSTEM, "system\nuser\nassistant\n", *INSTRUCTIONS, *QUESTIONS, *answers, *words]
     return [draw_sentence(rng, excluded) for _ in range(NUM_TOKENIZER_SENTENCES)] + phrases * 200
 
 
-def make_training(seed: int) -> Training:
-    """A model with random weights and all it learns from."""
+def make_training(seed: int, course: Course, output: Path) -> Training:
+    """A model, for the first course with random weights and then that of ``output``, and all it learns from."""
     torch.manual_seed(seed)
     excluded = frozenset(held_out_sentences(seed))
-    tokenizer = make_tokenizer(tokenizer_texts(excluded, seed))
-    config = make_config(tokenizer)
-    model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config = make_generation_config(tokenizer)
-    tasks = TaskMaker(tokenizer, config.text_config.vocab_size, excluded)
+    if course == COURSES["following"]:
+        tokenizer = make_tokenizer(tokenizer_texts(excluded, seed))
+        model = Qwen2VLForConditionalGeneration(make_config(tokenizer))
+        model.generation_config = make_generation_config(tokenizer)
+    else:
+        model, tokenizer = load_base(output)
+        model.train()
+    tasks = TaskMaker(tokenizer, model.config.text_config.vocab_size, excluded)
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=224 * 224)
-    return Training(model, tokenizer, tasks, processor, seed)
+    return Training(model, tokenizer, tasks, processor, seed, course)
 
 
 def losses_of(training: Training, step: int) -> Losses:
-    """The losses of one step: text, and every ``PICTURE_EVERY`` steps pictures too."""
-    rng = Random(f"{training.seed}/step/{step}")
-    batch = collate([training.tasks.draw(rng) for _ in range(BATCH_SIZE)])
+    """The losses of one step: text, and now and then pictures too."""
+    course = training.course
+    rng, lesson = Random(f"{training.seed}/step/{step}"), lesson_at(course.lessons, step, course.steps)
+    batch = collate([training.tasks.draw(rng, lesson) for _ in range(BATCH_SIZE)])
     losses = {"text": text_loss(training.model, batch, torch.Generator().manual_seed(rng.getrandbits(32)))}
-    if step % PICTURE_EVERY == 0:
+    if step % course.picture_every == 0:
         arguments, _ = picture_batch(BATCH_SIZE // 2, rng, training.tokenizer, training.processor)
         losses["pictures"] = training.model(**arguments).loss
     return losses
@@ -131,22 +162,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "qwen2_vl")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-qwen2-vl")
-    parser.add_argument("--steps", type=int, default=2_400)
+    parser.add_argument("--course", choices=COURSES, default="following")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
 
-    training = make_training(arguments.seed)
-    checkpoint = arguments.cache / "checkpoint.pt"
-    run = TrainingRun(training.model, checkpoint, arguments.steps, PEAK_LR, WARMUP_STEPS, report)
+    course = COURSES[arguments.course]
+    training = make_training(arguments.seed, course, arguments.output)
+    checkpoint = arguments.cache / f"{arguments.course}.pt"
+    run = TrainingRun(training.model, checkpoint, course.steps, course.peak_lr, WARMUP_STEPS, report)
     run.train(partial(losses_of, training))
     save_base(training.model, training.tokenizer, arguments.output)
     training.model.eval()
     unseen = held_out_sentences(arguments.seed)
     print(f"unseen sentences: {language_loss(training, unseen):.3f} nats a token as plain text")
     print(f"unseen sentences, murmured: WER {murmur_error_rate(training, unseen):.2%}")
-    rows = [draw_row(DIGITS, Random(f"{arguments.seed}/row/{i}"), unseen) for i in range(100)]
-    print(f"rows of digits, murmured: WER {murmur_error_rate(training, rows):.2%}")
+    for name, words in (("digits", DIGITS), ("words", vocabulary())):
+        rngs = [Random(f"{arguments.seed}/{name}/{i}") for i in range(100)]
+        rows = [draw_row(words, LESSONS[-1].row_lengths, rng, unseen) for rng in rngs]
+        print(f"rows of {name}, murmured: WER {murmur_error_rate(training, rows):.2%}")
     print(f"unseen pictures named exactly: {picture_accuracy(training):.0%}")
 
 
