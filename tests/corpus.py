@@ -22,10 +22,14 @@ def few_utterances(folder: Path, **sizes: int) -> list[str]:
     return [*words, f"data.shards={folder / 'sets'}", "data.samples_per_shard=16"]
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    """The loss of each logged step."""
+def logged(run_dir: Path, tag: str) -> dict[int, float]:
+    """The figure of each step that logged one."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {line["step"]: line[tag] for line in lines if tag in line}
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return logged(run_dir, "train/loss")
 
 
 def utterances(run_dir: Path) -> dict[int, list[str]]:
