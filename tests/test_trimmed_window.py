@@ -71,12 +71,11 @@ def test_a_trimmed_window_holds_the_utterance_and_lies_in_the_window(num_samples
 
 @pytest.mark.parametrize("num_samples", [1, 200, 320, 321, 16_000, 36_801, 47_999, 48_000])
 def test_a_trimmed_mel_is_the_stock_extractors_cut(full: SpeechEncoder, num_samples: int) -> None:
-    """Bit by bit: also the loudest frame, which sets the floor, may lie behind the cut."""
+    """To the last digits of fp32; also the loudest frame, which sets the floor, may lie behind the cut."""
     stock = full.extractor(noise(num_samples), sampling_rate=RATE, return_tensors="pt")["input_features"]
     kept = WINDOW.trimmed(num_samples)
-    assert torch.equal(
-        log_mels(full.extractor, [noise(num_samples)], WINDOW, kept=kept), stock[:, :, : 2 * kept.num_frames]
-    )
+    ours = log_mels(full.extractor, [noise(num_samples)], WINDOW, kept=kept)
+    torch.testing.assert_close(ours, stock[:, :, : 2 * kept.num_frames], rtol=0, atol=5e-7)
 
 
 @settings(max_examples=25, deadline=None)

@@ -25,6 +25,7 @@ AudioWindow = Literal["full", "trimmed"]
 
 KEY = "bases.whisper"  # of the recipe
 MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
+NUM_BANDS = 4  # of the mel filters
 FEWEST_MEL_FRAMES = 64  # at a time: matrix products of very few columns are rounded otherwise than those of many
 # Of a full Whisper: model.encoder.* (WhisperForConditionalGeneration) or encoder.* (WhisperModel). Without this,
 # WhisperEncoder.from_pretrained finds none of its names and returns random weights with a mere warning.
@@ -172,24 +173,40 @@ def log_mels(
 ) -> torch.Tensor:
     """Waveforms (S_i,), none longer than the window -> log-mels (W, n_mels, 2F) of the full window, fp32.
 
-    What Whisper's own extractor makes of the padded window, but the spectrum is taken of the samples that are there:
-    behind them is silence, whose log-mel is the floor. Of a mel only what lies in ``kept`` is given.
+    What Whisper's own extractor makes of the padded window, to the last digits of fp32, but the spectrum is taken of
+    the samples that are there: behind them is silence, whose log-mel is the floor. Of a mel only what lies in ``kept``
+    is given.
     """
-    filters = torch.from_numpy(extractor.mel_filters).to(device, torch.float32)  # (n_fft / 2 + 1, n_mels)
+    bands = _bands(torch.from_numpy(extractor.mel_filters).to(device, torch.float32))
     num_kept = (kept or window).num_mel_frames
     # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
     counts = [-(-(len(waveform) + extractor.n_fft) // extractor.hop_length) for waveform in waveforms]
     counts = [min(max(count, FEWEST_MEL_FRAMES), window.num_mel_frames) for count in counts]
     spectra = _Spectra(extractor, max(counts, default=0), device)
-    mels = torch.empty((len(waveforms), filters.shape[1], max(num_kept, *counts, 0)), device=device)
+    mels = torch.empty((len(waveforms), extractor.feature_size, max(num_kept, *counts, 0)), device=device)
     for mel, waveform, frames in zip(mels, waveforms, counts, strict=True):
-        heard = torch.mm(filters.T, spectra.power(waveform, frames).T, out=mel[:, :frames])
+        power, heard = spectra.power(waveform, frames), mel[:, :frames]
+        for rows, bins, weights in bands:
+            torch.mm(weights, power[:, bins].T, out=heard[rows])
         heard.clamp_(min=10**MEL_FLOOR_LOG10).log10_()
         quietest = heard.amax() - MEL_RANGE_LOG10
-        torch.maximum(heard, quietest, out=heard)
-        mel[:, frames:] = quietest.clamp(min=MEL_FLOOR_LOG10)
-        mel.add_(4.0).div_(4.0)
+        torch.maximum(heard, quietest, out=heard).add_(4.0).div_(4.0)
+        mel[:, frames:] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
     return mels[:, :, :num_kept]
+
+
+def _bands(filters: torch.Tensor) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Mel filters (bins, n_mels) as NUM_BANDS products over neighbours: which mels, which bins, weights (mels, bins).
+
+    A filter is zero outside of a few neighbouring bins: a quarter of them together need a third of all bins.
+    """
+    bands = []
+    for mels in torch.arange(filters.shape[1]).tensor_split(NUM_BANDS):
+        rows = slice(int(mels[0]), int(mels[-1]) + 1)
+        heard = filters[:, rows].any(1).nonzero()
+        bins = slice(int(heard.min()), int(heard.max()) + 1)
+        bands.append((rows, bins, filters[bins, rows].T.contiguous()))
+    return bands
 
 
 class _Spectra:
@@ -202,10 +219,10 @@ class _Spectra:
         self.samples = torch.empty(most_frames * self.hop + self.n_fft, device=device)
         self.windowed = torch.empty((most_frames, self.n_fft), device=device)
         self.spectrum = torch.empty((most_frames, bins), dtype=torch.complex64, device=device)
-        self.real, self.imaginary = torch.empty((2, most_frames, bins), device=device)
+        self.squares = torch.empty((most_frames, bins), device=device)
 
     def power(self, waveform: np.ndarray, frames: int) -> torch.Tensor:
-        """Waveform (S,) -> (frames, n_fft / 2 + 1), bit by bit ``torch.stft(...).abs() ** 2``; valid until the next."""
+        """Waveform (S,) -> (frames, n_fft / 2 + 1), ``torch.stft(...).abs() ** 2``; valid until the next."""
         half, size = self.n_fft // 2, frames * self.hop
         samples = self.samples[: size + self.n_fft]
         middle = samples[half : half + size]
@@ -216,9 +233,9 @@ class _Spectra:
         windowed, spectrum = self.windowed[:frames], self.spectrum[:frames]
         torch.mul(samples.unfold(0, self.n_fft, self.hop)[:frames], self.hann, out=windowed)
         torch.fft.rfft(windowed, out=spectrum)
-        # abs() of complex numbers makes complex numbers first; of parts side by side, hypot gives the same bits sooner.
-        real, imaginary = self.real[:frames].copy_(spectrum.real), self.imaginary[:frames].copy_(spectrum.imag)
-        return torch.hypot(real, imaginary, out=real).square_()
+        real, imaginary = torch.view_as_real(spectrum).unbind(-1)
+        # |z| and then its square, as the extractor has it, would take a root and undo it.
+        return torch.mul(real, real, out=self.squares[:frames]).addcmul_(imaginary, imaginary)
 
 
 def mel_settings(extractor: WhisperFeatureExtractor, window: Window) -> dict[str, int | float]:
