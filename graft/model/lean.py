@@ -123,7 +123,7 @@ class LeanMLP(Qwen2MLP):
 
 
 class _Gated(torch.autograd.Function):
-    """SiLU(gate) * up: the values and gradients of the two operations, in as few passes as they allow."""
+    """SiLU(gate) * up: the values and gradients of the two operations, keeping gate and up but not SiLU(gate)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
