@@ -207,7 +207,9 @@ def test_long_audio_is_its_windows_one_after_the_other(graft: Assembled) -> None
     frames, counts = graft.model.model.encode(inputs["input_features"], inputs["audio_feature_lengths"])
     parts = [graft.processor(text=AUDIO, audio=long[start : start + 16_000]) for start in (0, 16_000, 32_000)]
     expected = [graft.model.model.encode(p["input_features"], p["audio_feature_lengths"])[0][0] for p in parts]
-    assert counts.tolist() == [107] and torch.equal(frames[0], torch.cat(expected))
+    assert counts.tolist() == [107]
+    # Three windows at once may be rounded otherwise than one after the other: by a step of bf16, here and there
+    torch.testing.assert_close(frames[0], torch.cat(expected), rtol=2**-7, atol=1e-6)
     assert (inputs["input_ids"] == graft.processor.audio_token_id).sum() == 27
     assert torch.isfinite(logits(graft.model, **inputs)).all()
 

@@ -17,7 +17,7 @@ def pulse(is_waiting: bool = False, beat_since: float = 0.0, moves_since: float 
     "seen, says",
     [
         (pulse(beat_since=95, moves_since=95), None),
-        (pulse(beat_since=89, moves_since=89), "rank 3 on node2 has not answered for 11 s"),
+        (pulse(beat_since=89, moves_since=89), "on node2 has not answered for 11 s"),
         (pulse(beat_since=99, moves_since=89), "has been at 'reading step 7' for 11 s; the others wait"),
         (pulse(is_waiting=True, beat_since=99, moves_since=0), None),  # it has done its part
         (pulse(is_waiting=True, beat_since=80, moves_since=80), "has not answered for 20 s"),
@@ -25,8 +25,24 @@ def pulse(is_waiting: bool = False, beat_since: float = 0.0, moves_since: float 
 )
 def test_complaints(seen: Pulse, says: str | None) -> None:
     """With a patience of 10 s, at 100 s."""
-    complaint = seen.complaint(3, now=100, patience_s=10)
-    assert complaint is None if says is None else says in complaint
+    trouble = seen.trouble(now=100, patience_s=10)
+    assert trouble is None if says is None else says in seen.complaint(trouble, now=100)
+
+
+def test_a_slow_rank_that_falls_silent_is_told_anew(caplog: pytest.LogCaptureFixture) -> None:
+    heartbeat = Heartbeat(Ranks(0, 2), stop=None, patience_s=10, timeout_s=600)  # type: ignore[arg-type]
+    for now, seen in (
+        (100, pulse(beat_since=99, moves_since=95)),
+        (106, pulse(beat_since=105, moves_since=95)),
+        (107, pulse(beat_since=105, moves_since=95)),
+        (116, pulse(beat_since=105, moves_since=95)),
+        (117, pulse(beat_since=116, moves_since=116)),
+    ):
+        heartbeat._tell_of(1, seen, now)
+    told = caplog.messages
+    assert len(told) == 3, told
+    assert "has been at 'reading step 7' for 11 s" in told[0] and "has not answered for 11 s" in told[1]
+    assert told[2] == "rank 1 goes on"
 
 
 def test_gone_is_who_does_not_answer_and_not_who_is_slow() -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -29,6 +29,7 @@ LOG = logging.getLogger(__name__)
 BEATS_IN_PATIENCE = 10
 MOST_BETWEEN_BEATS_S = 2.0  # also how long a request to stop is on its way
 STOP_KEY = "graft/stop"
+Trouble = Literal["silent", "still"]  # does not answer at all; answers, and gets no further
 FAULT = 1  # exit code of a fault that is not the user's
 
 
@@ -67,17 +68,22 @@ class Pulse:
         """Whether this rank has not answered for as long as a collective may take."""
         return now - self.beat_since > timeout_s
 
-    def complaint(self, rank: int, now: float, patience_s: float) -> str | None:
+    def trouble(self, now: float, patience_s: float) -> Trouble | None:
         """What is wrong with this rank, if anything."""
-        silent_s, still_s = now - self.beat_since, now - self.moves_since
-        if silent_s > patience_s:
+        if now - self.beat_since > patience_s:
+            return "silent"
+        if now - self.moves_since > patience_s and not self.is_waiting:
+            return "still"
+        return None
+
+    def complaint(self, trouble: Trouble, now: float) -> str:
+        """The same in words, without the rank's number."""
+        if trouble == "silent":
             return (
-                f"rank {rank} on {self.host} has not answered for {silent_s:.0f} s: it is stopped, or its node is "
+                f"on {self.host} has not answered for {now - self.beat_since:.0f} s: it is stopped, or its node is "
                 f"gone. It was last at '{self.place}'"
             )
-        if still_s > patience_s and not self.is_waiting:
-            return f"rank {rank} on {self.host} has been at '{self.place}' for {still_s:.0f} s; the others wait for it"
-        return None
+        return f"on {self.host} has been at '{self.place}' for {now - self.moves_since:.0f} s; the others wait for it"
 
 
 class Heartbeat:
@@ -91,6 +97,7 @@ class Heartbeat:
         self.heart, self.ranks, self.stop = Heart(), ranks, stop
         self.patience_s, self.timeout_s = patience_s, timeout_s
         self.pulses: dict[int, Pulse] = {}
+        self._told: dict[int, Trouble | None] = {}
         self._interval_s = min(patience_s / BEATS_IN_PATIENCE, MOST_BETWEEN_BEATS_S)
         self._beats, self._ended = 0, threading.Event()
 
@@ -148,19 +155,20 @@ class Heartbeat:
         self.pulses[rank] = Pulse(**said, beat_since=beat_since, moves_since=moves_since)
 
     def _look(self) -> None:
-        complained: set[int] = set()
         while not self._ended.wait(self._interval_s):
             now = time.monotonic()
             for rank, pulse in list(self.pulses.items()):
-                complaint = pulse.complaint(rank, now, self.patience_s)
-                if complaint and rank not in complained:
-                    self._tell(complaint)
-                if not complaint and rank in complained:
-                    self._tell(f"rank {rank} goes on")
+                self._tell_of(rank, pulse, now)
                 if pulse.is_gone(now, self.timeout_s):
                     self._tell(f"rank {rank} did not come back within {self.timeout_s:g} s: this run ends")
                     os._exit(FAULT)
-                (complained.add if complaint else complained.discard)(rank)
+
+    def _tell_of(self, rank: int, pulse: Pulse, now: float) -> None:
+        """Say it when a rank's trouble begins, turns into another, and is over."""
+        trouble = pulse.trouble(now, self.patience_s)
+        if trouble != self._told.get(rank):
+            self._tell(f"rank {rank} {pulse.complaint(trouble, now) if trouble else 'goes on'}")
+        self._told[rank] = trouble
 
     def _tell(self, what: str) -> None:
         if self.ranks.rank <= 1:  # of rank 0's silence one is enough to tell
