@@ -19,7 +19,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks import harness
 from benchmarks.harness import Figure, WithoutProducts
-from graft.model.grafted import IGNORE_INDEX, find_label_positions, summed_cross_entropy
+from graft.model.grafted import IGNORE_INDEX, find_label_positions
+from graft.model.loss import frozen_head_loss
 
 HIDDEN, VOCAB = 3584, 152064  # Qwen2-VL-7B
 BATCH, POSITIONS, LABELS = 2, 435, 30  # two clips of 30 s with stack_factor 4
@@ -50,10 +51,10 @@ def report() -> Iterator[Figure]:
 
 
 def ours(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """As in the graft's ``forward``: logits where a label is, summed, divided once."""
+    """As in the graft's ``forward``: where a label is, summed, divided once."""
     predicts = find_label_positions(labels)
-    logits = F.linear(hidden.flatten(0, 1)[predicts], head)
-    return summed_cross_entropy(logits, labels.flatten()[predicts + 1]) / len(predicts)
+    picked, wanted = hidden.flatten(0, 1)[predicts], labels.flatten()[predicts + 1]
+    return frozen_head_loss(picked, head, wanted) / len(predicts)
 
 
 def hugging_face(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:

@@ -324,6 +324,19 @@ def test_loss_is_that_of_full_logits(graft: Assembled, labelled: dict[str, torch
     assert output.loss.dtype == torch.float32 and output.past_key_values is None
 
 
+def test_in_training_the_same_loss_without_logits(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:
+    parameters = select_trainable(graft.model, 1)
+    expected = graft.model(**labelled)
+    gradients = torch.autograd.grad(expected.loss, [*parameters.values()])
+    output = graft.model.train()(**labelled)
+    ours = torch.autograd.grad(output.loss, [*parameters.values()])
+    graft.model.eval()
+    assert output.logits is None and expected.logits is not None
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
+    for mine, theirs in zip(ours, gradients, strict=True):
+        assert theirs.any() and (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def test_loss_is_divided_by_the_number_it_is_given(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         mean = graft.model(**labelled).loss

@@ -87,7 +87,6 @@ def test_on_a_line_less_is_computed_and_the_gradients_are_the_same(
     output = model(**padded, num_shared=num_shared, use_cache=False)
     output.loss.backward()
     assert seen == [computed] * (len(model.model.language_model.layers) - 1) + [4 + 2]
-    torch.testing.assert_close(output.logits, by_hand.logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(output.loss, by_hand.loss, rtol=1e-6, atol=0)
     for mine, theirs in zip(gradients(model), expected, strict=True):
         assert (mine - theirs).norm() <= 1e-4 * theirs.norm()

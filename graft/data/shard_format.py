@@ -30,6 +30,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from xxhash import xxh3_64_hexdigest
 
@@ -179,7 +180,7 @@ class FeatureSet:
         """
         return decode(self.read_bytes(position), self.entries[position], self.dtype, self.frame_size)
 
-    def read_bytes(self, position: int) -> bytearray:
+    def read_bytes(self, position: int) -> memoryview:
         """The safetensors bytes of the entry at ``position``, checked by their digest."""
         entry = self.entries[position]
         data = self._open.read(entry.shard, entry.offset, entry.size)
@@ -204,7 +205,7 @@ def encode(features: torch.Tensor, dtype: str, seal: str = "") -> bytes:
     return save({TENSOR: quantised.contiguous(), SCALE: scale.contiguous()}, metadata)
 
 
-def digest_of(data: bytes | bytearray) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """XXH3 of 64 bits, 16 hexadecimal characters: against accidents; the sha256 of the index are against intent."""
     return xxh3_64_hexdigest(data)
 
@@ -218,7 +219,7 @@ def seal_of(about: Mapping[str, Any]) -> str:
     return blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def decode(data: bytearray, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
+def decode(data: memoryview, entry: SampleEntry, dtype: str, frame_size: int) -> torch.Tensor:
     """Features (F, D) in bf16 from safetensors bytes, whose header must be exactly what the index makes of it."""
     start, header = _header(data, entry)
     wanted = _layout(entry.num_frames, frame_size, dtype)
@@ -368,7 +369,7 @@ def _layout(num_frames: int, frame_size: int, dtype: str) -> dict[str, dict[str,
     return layout
 
 
-def _header(data: bytearray, entry: SampleEntry) -> tuple[int, Any]:
+def _header(data: memoryview, entry: SampleEntry) -> tuple[int, Any]:
     """Where the tensors begin and what the safetensors header says of them."""
     length = int.from_bytes(data[:8], "little")
     if length > MOST_HEADER_BYTES or 8 + length > len(data):
@@ -379,7 +380,7 @@ def _header(data: bytearray, entry: SampleEntry) -> tuple[int, Any]:
         raise damaged(entry.shard, f"'{entry.id}' has an unreadable header") from error
 
 
-def _tensor(data: bytearray, start: int, layout: Mapping[str, Any]) -> torch.Tensor:
+def _tensor(data: memoryview, start: int, layout: Mapping[str, Any]) -> torch.Tensor:
     """A view into ``data``, which is neither copied nor unpickled."""
     (begin, _), shape = layout["data_offsets"], layout["shape"]
     dtype = TORCH_DTYPES[layout["dtype"]]
@@ -394,11 +395,12 @@ class _OpenShards:
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, name: str, offset: int, size: int) -> bytearray:
+    def read(self, name: str, offset: int, size: int) -> memoryview:
         """Up to ``size`` bytes from ``offset``; fewer where the file ends."""
-        descriptor, data, done = self._descriptor(name), bytearray(size), 0
+        descriptor, done = self._descriptor(name), 0
+        data = memoryview(np.empty(size, np.uint8))  # a bytearray would be filled with zeros first
         while done < size:
-            got = os.preadv(descriptor.number, [memoryview(data)[done:]], offset + done)
+            got = os.preadv(descriptor.number, [data[done:]], offset + done)
             if not got:
                 return data[:done]
             done += got

@@ -31,6 +31,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from graft import lengths
 from graft.model.config import FEATURE_DTYPE, AudioGraftConfig
 from graft.model.lean import Line, runs_on_a_line
+from graft.model.loss import frozen_head_loss, summed_cross_entropy
 from graft.model.projector import build_projector
 
 IGNORE_INDEX = -100
@@ -259,8 +260,9 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             kwargs: ``audio_places`` and ``audio_tokens`` of :meth:`AudioGraftModel.forward` among others.
 
         Returns:
-            Without labels ``logits`` (B, T, V); with labels ``logits`` (L, V) and ``loss`` (fp32). Hidden states, if
-            asked for, are then those of a :class:`Line` where the language model runs on one.
+            Without labels ``logits`` (B, T, V); with labels ``loss`` (fp32) and ``logits`` (L, V), or None in training
+            with a frozen output matrix: there they are never made as a whole. Hidden states, if asked for, are then
+            those of a :class:`Line` where the language model runs on one.
         """
         places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
         plain = labels is not None and all(place is None for place in places)
@@ -291,8 +293,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         line = Line.of(labels.shape, num_shared, predicts) if on_a_line else None
         outputs = self.model(use_cache=bool(use_cache), line=line, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)
-        logits = self.lm_head(hidden if on_a_line else hidden.index_select(0, predicts))
-        loss = summed_cross_entropy(logits, labels.flatten().index_select(0, predicts + 1))
+        hidden = hidden if on_a_line else hidden.index_select(0, predicts)
+        logits, loss = self._learn(hidden, labels.flatten().index_select(0, predicts + 1))
         count = len(predicts) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss / max(count, 1) if isinstance(count, int) else loss / count.to(loss.device).clamp(min=1),
@@ -301,6 +303,13 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _learn(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Logits (L, V), where they are made, and the summed loss of hidden states (L, H) and labels (L,)."""
+        if self.training and torch.is_grad_enabled() and not self.lm_head.weight.requires_grad:
+            return None, frozen_head_loss(hidden, self.lm_head.weight, labels)
+        logits = self.lm_head(hidden)
+        return logits, summed_cross_entropy(logits, labels)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
@@ -361,12 +370,6 @@ def unless_padded_behind(attention_mask: torch.Tensor | None) -> torch.Tensor | 
     if attention_mask is None or attention_mask.ndim != 2 or (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         return attention_mask
     return None
-
-
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over (L, V) logits and (L,) labels, in fp32 whatever the autocast."""
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def _valid(counts: torch.Tensor, width: int) -> torch.Tensor:
