@@ -7,6 +7,8 @@ from pathlib import Path
 
 from conftest import ROOT
 
+from graft.run_dir import step_folder
+
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 CORPUS = ROOT / "examples" / "tiny" / "corpus"
 
@@ -36,3 +38,10 @@ def utterances(run_dir: Path) -> dict[int, list[str]]:
     """The utterances of each step, sorted."""
     lines = map(json.loads, (run_dir / "utterances.jsonl").read_text().splitlines())
     return {line["step"]: sorted(line["ids"]) for line in lines}
+
+
+def assert_same_checkpoint(run_dir: Path, straight: Path, step: int) -> None:
+    """Weights and moments, to the last bit."""
+    for name in ("projector.safetensors", "optimizer.safetensors"):
+        ours, theirs = (step_folder(folder, step) / name for folder in (run_dir, straight))
+        assert ours.read_bytes() == theirs.read_bytes(), f"{name} of step {step} differs"

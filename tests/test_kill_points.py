@@ -16,7 +16,7 @@ import pytest
 from background import TRAIN, Training
 from conftest import ROOT, Command
 
-from corpus import RECIPE, few_utterances, losses, utterances
+from corpus import RECIPE, assert_same_checkpoint, few_utterances, losses, utterances
 from graft.run_dir import checkpoint_steps, step_folder
 from graft.train.checkpoint import newest
 
@@ -73,13 +73,6 @@ def undisturbed(words: list[str], folder: Path, run_launcher: Command) -> Path:
     line = [TRAIN, RECIPE, "--stage", "1", *words, "run.keep_checkpoints=100000", f"run.dir={folder / 'straight'}"]
     run_launcher(*line, timeout_s=2 * 3600)
     return folder / "straight"
-
-
-def assert_same_checkpoint(run_dir: Path, straight: Path, step: int) -> None:
-    """Weights and moments, to the last bit."""
-    for name in ("projector.safetensors", "optimizer.safetensors"):
-        ours, theirs = (step_folder(folder, step) / name for folder in (run_dir, straight))
-        assert ours.read_bytes() == theirs.read_bytes(), f"{name} of step {step} differs"
 
 
 def assert_same_end(run_dir: Path, straight: Path, words: list[str], run_launcher: Command) -> None:

@@ -11,11 +11,11 @@ from conftest import ROOT, Command
 from corpus import few_utterances
 
 SHORT = [
-    "stage1.max_steps=120",
+    "stage1.max_steps=70",
     "stage1.warmup_steps=10",
-    "stage2.max_steps=20",
+    "stage2.max_steps=15",
     "stage2.warmup_steps=5",
-    "evaluation.every=120",
+    "evaluation.every=100",
     "evaluation.max_utterances=10",
 ]
 

@@ -114,9 +114,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def features(settings: list[str], run_launcher: Command) -> Path:
-    """The sets of all splits, made by two ranks on one node."""
-    run_launcher(ROOT / "shards" / "precompute.py", RECIPE, *settings, timeout_s=400)
+def features(settings: list[str], run_python: Command) -> Path:
+    """The sets of all splits, made by one rank."""
+    run_python(ROOT / "shards" / "precompute.py", RECIPE, *settings, timeout_s=400)
     (folder,) = [word.removeprefix("data.shards=") for word in settings if word.startswith("data.shards=")]
     return Path(folder)
 
