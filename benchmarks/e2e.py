@@ -43,10 +43,10 @@ from graft.recipe import Data, Lora, Stage
 from graft.train.checkpoint import Checkpoints, Position
 from graft.train.feed import Feed
 
-NUM_CLIPS, STACK_FACTOR, ENCODED_TOGETHER = 24, 4, 16
+NUM_CLIPS, STACK_FACTOR, ENCODED_TOGETHER = 16, 4, 16
 PASSES = {1: 8, 2: 1}
 SHAPE = replace(MINI, frame_size=WHISPER_TINY.width)
-SETTINGS = Stage(global_batch_size=NUM_CLIPS, micro_batches=6, micro_batch_tokens=mini.MICRO_BATCH_TOKENS)
+SETTINGS = Stage(global_batch_size=NUM_CLIPS, micro_batches=4, micro_batch_tokens=mini.MICRO_BATCH_TOKENS)
 
 
 def report() -> Iterator[Figure]:

@@ -38,7 +38,7 @@ GEMM = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
 
 HF, CT2 = "Hugging Face's extractor and encoder", "Hugging Face's extractor and CTranslate2's int8 encoder"
 COMPARED = (  # figure, slower side, faster side, target, what is told
-    ("enc.mel", "hf mels", "our mels", ">= 4", "full 30 s windows, ours / Hugging Face's extractor"),
+    ("enc.mel", "hf mels", "our mels", ">= 4", "full 30 s windows, one thread, ours / Hugging Face's extractor"),
     ("enc.tiny", "hf frames", "our frames", ">= 1.5", f"full 30 s windows, ours / {HF}"),
     ("enc.tiny.trimmed", "hf frames", "trimmed frames", ">= 3", f"trimmed windows, ours / {HF} over full ones"),
     ("enc.tiny.ct2", "ct2 frames", "our frames", ">= 1.0", f"full 30 s windows, ours / {CT2}"),
@@ -57,8 +57,8 @@ def report() -> Iterator[Figure]:
     clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:BATCH]])
     facts = compare(full, trimmed, clips)
     sides: dict[str, Callable[[], Any]] = {
-        "our mels": lambda: log_mels(full.extractor, clips, full.window),
-        "hf mels": lambda: hf_mels(full.extractor, clips),
+        "our mels": in_one_thread(lambda: log_mels(full.extractor, clips, full.window)),
+        "hf mels": in_one_thread(lambda: hf_mels(full.extractor, clips)),
         "our frames": lambda: full.encode(clips),
         "hf frames": lambda: hf_frames(full, clips),
         "trimmed frames": lambda: trimmed.encode(clips),
@@ -82,6 +82,20 @@ def bytes_per_hour() -> Iterator[Figure]:
         size = len(shard_format.encode(frames, dtype)) * 3600 // CLIP_S
         what = f"an hour of speech in {dtype} frames of {TURBO_SIZE} numbers (large-v3-turbo), clips of {CLIP_S} s"
         yield Figure(f"count.bytes_per_hour.{dtype}", size / 1e6, "MB", what, facts={"bytes": f"{size:,}"})
+
+
+def in_one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call as a worker that prepares data would make it, beside others."""
+
+    def alone() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def hf_mels(extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torch.Tensor:

@@ -43,6 +43,19 @@ def test_prefetching_changes_nothing(items: list[int], depth: int, threads: int)
     assert list(Prefetcher(lambda item: item * 3, items, depth, threads)) == [item * 3 for item in items]
 
 
+def test_threads_have_their_own_number_of_torch_threads() -> None:
+    """Fewer for light work, which takes none from the consumer, nor from those that come later."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for wanted, expected in ((1, 1), (None, 3), (2, 2), (None, 3)):
+            with Prefetcher(lambda _: torch.get_num_threads(), range(4), threads=2, torch_threads=wanted) as ready:
+                assert list(ready) == [expected] * 4
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_items_are_made_ahead_in_another_thread_and_no_further_than_depth() -> None:
     made: list[tuple[int, str]] = []
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
@@ -193,12 +194,24 @@ class Prefetcher(Generic[Item, Made]):
     """
 
     def __init__(
-        self, make_item: Callable[[Item], Made], items: Iterable[Item], depth: int = 2, threads: int = 1
+        self,
+        make_item: Callable[[Item], Made],
+        items: Iterable[Item],
+        depth: int = 2,
+        threads: int = 1,
+        torch_threads: int | None = None,
     ) -> None:
-        """At most ``depth`` made items wait; ``items`` is drawn from in the consumer's thread and may be endless."""
+        """At most ``depth`` made items wait; ``items`` is drawn from in the consumer's thread and may be endless.
+
+        ``torch_threads``: that each of the threads may take for an operation; None: as many as the consumer's. With 1
+        for what is light, a training step on the CPU keeps its cores: beside a second team of OpenMP threads there are
+        more threads than cores, and then every team goes to sleep after each operation, for a sixth of the step.
+        """
         if depth < 1 or threads < 1:
             raise ValueError(f"depth {depth} and threads {threads} must be at least 1")
-        self._results = self._run(make_item, items, depth, threads)
+        # Asked for, the consumer's own number is settled: what a thread sets is for itself and for later threads
+        begin = partial(torch.set_num_threads, torch_threads or torch.get_num_threads())
+        self._results = self._run(make_item, items, depth, ThreadPoolExecutor(threads, "prefetch", begin))
 
     def __iter__(self) -> Iterator[Made]:
         return self._results
@@ -217,9 +230,11 @@ class Prefetcher(Generic[Item, Made]):
         self._results.close()
 
     @staticmethod
-    def _run(make_item: Callable[[Item], Made], items: Iterable[Item], depth: int, threads: int) -> Iterator[Made]:
+    def _run(
+        make_item: Callable[[Item], Made], items: Iterable[Item], depth: int, pool: ThreadPoolExecutor
+    ) -> Iterator[Made]:
         pending: deque[Future[Made]] = deque()
-        with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        with pool:
             try:
                 for item in items:
                     pending.append(pool.submit(make_item, item))

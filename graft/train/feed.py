@@ -57,6 +57,7 @@ class Feed:
             )
         self.source, self.template, self.stage, self.ranks = source, template, stage, ranks
         self.depth, self.seed = data.prefetch, seed
+        self.torch_threads = None if data.features == "online" else 1  # an encoder wants them all
         self.costs = template.costs(source.entries)
         self.plan = Plan(
             self.costs,
@@ -101,7 +102,7 @@ class Feed:
 
     def steps(self, first: int, last: int) -> Iterator[StepInput]:
         """Steps ``first`` .. ``last - 1``; close the iterator to stop reading ahead."""
-        with Prefetcher(self.read, range(first, last), depth=self.depth) as ready:
+        with Prefetcher(self.read, range(first, last), self.depth, torch_threads=self.torch_threads) as ready:
             yield from ready
 
 
