@@ -15,7 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 
 from graft.model.assemble import Assembled, assemble, export, load_trained, save_trained
 from graft.model.encoder import SpeechEncoder
-from graft.model.grafted import AudioGraftForConditionalGeneration, find_label_positions, unless_padded_behind
+from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lora import add_lora, enable_lora, is_lora_name, merge_lora
 from graft.model.trainable import select_trainable
 
@@ -207,8 +207,7 @@ def test_long_audio_is_its_windows_one_after_the_other(graft: Assembled) -> None
     frames, counts = graft.model.model.encode(inputs["input_features"], inputs["audio_feature_lengths"])
     parts = [graft.processor(text=AUDIO, audio=long[start : start + 16_000]) for start in (0, 16_000, 32_000)]
     expected = [graft.model.model.encode(p["input_features"], p["audio_feature_lengths"])[0][0] for p in parts]
-    assert counts.tolist() == [107]
-    # Three windows at once may be rounded otherwise than one after the other: by a step of bf16, here and there
+    assert counts.tolist() == [107]  # three windows at once may be rounded to another bf16 than each by itself
     torch.testing.assert_close(frames[0], torch.cat(expected), rtol=2**-7, atol=1e-6)
     assert (inputs["input_ids"] == graft.processor.audio_token_id).sum() == 27
     assert torch.isfinite(logits(graft.model, **inputs)).all()
@@ -301,18 +300,6 @@ def labelled(graft: Assembled) -> dict[str, torch.Tensor]:
     return {**inputs, "labels": labels}
 
 
-def test_a_mask_is_dropped_only_where_padding_stands_behind() -> None:
-    behind = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert unless_padded_behind(behind) is None and unless_padded_behind(None) is None
-    for kept in (behind.flip(1), torch.tensor([[1, 0, 1]]), torch.ones(1, 1, 3, 3)):
-        assert unless_padded_behind(kept) is kept
-
-
-def test_label_positions_by_hand() -> None:
-    labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100], [9, -100, -100, 4]])
-    assert find_label_positions(labels).tolist() == [1, 2, 4, 10]
-
-
 def test_loss_is_that_of_full_logits(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:
     """Only 8 of the positions have logits computed; the loss is what stock Qwen2-VL's loss function gives."""
     with torch.no_grad():
@@ -322,19 +309,6 @@ def test_loss_is_that_of_full_logits(graft: Assembled, labelled: dict[str, torch
     stock = graft.model.loss_function(logits=full, labels=labelled["labels"], vocab_size=tiny.VOCAB_ROWS)
     torch.testing.assert_close(output.loss, stock, rtol=1e-6, atol=0)
     assert output.loss.dtype == torch.float32 and output.past_key_values is None
-
-
-def test_in_training_the_same_loss_without_logits(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:
-    parameters = select_trainable(graft.model, 1)
-    expected = graft.model(**labelled)
-    gradients = torch.autograd.grad(expected.loss, [*parameters.values()])
-    output = graft.model.train()(**labelled)
-    ours = torch.autograd.grad(output.loss, [*parameters.values()])
-    graft.model.eval()
-    assert output.logits is None and expected.logits is not None
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
-    for mine, theirs in zip(ours, gradients, strict=True):
-        assert theirs.any() and (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_loss_is_divided_by_the_number_it_is_given(graft: Assembled, labelled: dict[str, torch.Tensor]) -> None:

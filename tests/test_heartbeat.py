@@ -26,7 +26,7 @@ def pulse(is_waiting: bool = False, beat_since: float = 0.0, moves_since: float 
 def test_complaints(seen: Pulse, says: str | None) -> None:
     """With a patience of 10 s, at 100 s."""
     trouble = seen.trouble(now=100, patience_s=10)
-    assert trouble is None if says is None else says in seen.complaint(trouble, now=100)
+    assert trouble is None if says is None else says in seen.in_words(trouble, now=100)
 
 
 def test_a_slow_rank_that_falls_silent_is_told_anew(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import tiny_bases as tiny
 import torch
 
 from graft.model.assemble import assemble
-from graft.model.grafted import AudioGraftForConditionalGeneration
+from graft.model.grafted import AudioGraftForConditionalGeneration, unless_padded_behind
 from graft.model.lean import Line, save_less
 from graft.model.lora import add_lora
 from graft.model.trainable import select_trainable
@@ -92,6 +92,26 @@ def test_on_a_line_less_is_computed_and_the_gradients_are_the_same(
         assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def test_in_training_the_same_loss_without_logits(tmp_path: Path, padded: dict[str, torch.Tensor]) -> None:
+    model = trained(tmp_path, "fp32", lean=True)
+    output, plain = model(**padded), model.eval()(**padded)
+    assert output.logits is None and plain.logits.shape == (4 + 2, tiny.VOCAB_ROWS)
+    torch.testing.assert_close(output.loss, plain.loss, rtol=1e-6, atol=0)
+    output.loss.backward()
+    ours = gradients(model)
+    plain.loss.backward()
+    for mine, theirs in zip(ours, gradients(model), strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_head_that_learns_has_its_logits_made(tmp_path: Path, padded: dict[str, torch.Tensor]) -> None:
+    model = trained(tmp_path, "fp32", lean=True)
+    model.lm_head.weight.requires_grad_(True)
+    output = model(**padded)
+    output.loss.backward()
+    assert output.logits is not None and model.lm_head.weight.grad.any()
+
+
 def test_what_is_not_plain_training_keeps_its_rows(tmp_path: Path, padded: dict[str, torch.Tensor]) -> None:
     """A mask with padding in front, a cache, positions by hand: rows cannot share their beginning."""
     model, widths = trained(tmp_path, "fp32", lean=True), []
@@ -100,6 +120,13 @@ def test_what_is_not_plain_training_keeps_its_rows(tmp_path: Path, padded: dict[
     for inputs, cache in ((in_front, False), (padded, True)):
         assert torch.isfinite(model(**inputs, num_shared=3, use_cache=cache).loss)
     assert [tuple(shape[:2]) for shape in widths] == [(B, T), (B, T)]
+
+
+def test_a_mask_is_dropped_only_where_padding_stands_behind() -> None:
+    behind = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert unless_padded_behind(behind) is None and unless_padded_behind(None) is None
+    for kept in (behind.flip(1), torch.tensor([[1, 0, 1]]), torch.ones(1, 1, 3, 3)):
+        assert unless_padded_behind(kept) is kept
 
 
 def test_rows_become_a_line_and_rows_again() -> None:

@@ -44,16 +44,23 @@ def test_prefetching_changes_nothing(items: list[int], depth: int, threads: int)
 
 
 def test_threads_have_their_own_number_of_torch_threads() -> None:
-    """Fewer for light work, which takes none from the consumer, nor from those that come later."""
+    """Fewer for light work, which takes none from the consumer, also from one that has never asked for its number."""
+    seen: list[object] = []
+
+    def consume() -> None:
+        for wanted in (1, None, 2, None):
+            with Prefetcher(lambda _: torch.get_num_threads(), range(4), threads=2, torch_threads=wanted) as ready:
+                seen.append((wanted, *ready, torch.get_num_threads()))
+
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        for wanted, expected in ((1, 1), (None, 3), (2, 2), (None, 3)):
-            with Prefetcher(lambda _: torch.get_num_threads(), range(4), threads=2, torch_threads=wanted) as ready:
-                assert list(ready) == [expected] * 4
-            assert torch.get_num_threads() == 3
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        consumer.join()
     finally:
         torch.set_num_threads(before)
+    assert seen == [(wanted, *[wanted or 3] * 4, 3) for wanted in (1, None, 2, None)]
 
 
 def test_items_are_made_ahead_in_another_thread_and_no_further_than_depth() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from graft.model import loss as module
+from graft.model.grafted import find_label_positions
 from graft.model.loss import frozen_head_loss, summed_cross_entropy
 
 HIDDEN = 24
@@ -68,7 +69,8 @@ def test_an_unsure_part_of_a_sure_label_survives_bf16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_follow_the_autocast_and_sums_are_fp32(dtype: torch.dtype) -> None:
+def test_products_follow_the_autocast_and_sums_are_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME_ON_CPU", 7)  # of which many sums are made
     hidden, head, labels = (t.float() if t.is_floating_point() else t for t in made(20, 300))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss, gradient = with_gradient(frozen_head_loss, hidden, head, labels)
@@ -86,3 +88,8 @@ def test_what_is_not_finite_stays_so() -> None:
     hidden[1, 0] = float("nan")
     loss, gradient = with_gradient(frozen_head_loss, hidden, head, labels)
     assert loss.isnan() and gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+
+
+def test_label_positions_by_hand() -> None:
+    labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100], [9, -100, -100, 4]])
+    assert find_label_positions(labels).tolist() == [1, 2, 4, 10]

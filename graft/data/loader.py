@@ -203,14 +203,15 @@ class Prefetcher(Generic[Item, Made]):
     ) -> None:
         """At most ``depth`` made items wait; ``items`` is drawn from in the consumer's thread and may be endless.
 
-        ``torch_threads``: that each of the threads may take for an operation; None: as many as the consumer's. With 1
-        for what is light, a training step on the CPU keeps its cores: beside a second team of OpenMP threads there are
-        more threads than cores, and then every team goes to sleep after each operation, for a sixth of the step.
+        ``torch_threads``: how many threads an operation of torch may take in each of the threads here, and in any that
+        is started later and does not say; None: as many as the consumer's. With 1 for light work a training step on the
+        CPU keeps its cores: beside a second team of OpenMP threads there are more threads than cores, then every team
+        sleeps between operations, and a step takes a fifth longer or more.
         """
-        if depth < 1 or threads < 1:
-            raise ValueError(f"depth {depth} and threads {threads} must be at least 1")
-        # Asked for, the consumer's own number is settled: what a thread sets is for itself and for later threads
-        begin = partial(torch.set_num_threads, torch_threads or torch.get_num_threads())
+        if depth < 1 or threads < 1 or (torch_threads is not None and torch_threads < 1):
+            raise ValueError(f"depth {depth}, threads {threads} and torch_threads {torch_threads} must be at least 1")
+        own = torch.get_num_threads()  # asked for, it is settled for the consumer's thread, whatever others set later
+        begin = partial(torch.set_num_threads, own if torch_threads is None else torch_threads)
         self._results = self._run(make_item, items, depth, ThreadPoolExecutor(threads, "prefetch", begin))
 
     def __iter__(self) -> Iterator[Made]:

@@ -61,15 +61,15 @@ def rank_share(micro_batches: Sequence[Sequence[int]], costs: Sequence[int], ran
             f"a step of {len(micro_batches)} micro-batches cannot be shared by {ranks.world_size} ranks: raise "
             f"micro_batches and global_batch_size to {ranks.world_size} or more, give more data, or use fewer ranks"
         )
-    each, one_more = divmod(len(micro_batches), ranks.world_size)  # as many ranks may have one more than each
+    each, spare = divmod(len(micro_batches), ranks.world_size)  # ``spare`` ranks take one more
     shares: list[list[int]] = [[] for _ in range(ranks.world_size)]
     loads = [0] * ranks.world_size
     for number, group in enumerate(micro_batches):  # dearest first, to the least loaded rank that has room
-        room = each + (one_more > 0)
+        room = each + (spare > 0)
         rank = min((r for r in range(ranks.world_size) if len(shares[r]) < room), key=lambda r: (loads[r], r))
         shares[rank].append(number)
         loads[rank] += padded_tokens(group, costs)
-        one_more -= len(shares[rank]) > each
+        spare -= len(shares[rank]) > each
     return shares[ranks.rank]
 
 

@@ -248,7 +248,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         num_shared: int = 0,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
-        """As the parent's, with audio, and with logits at label positions only.
+        """As the parent's, with audio, and with the loss at label positions only.
 
         Args:
             audio_features: encoder frames (N, F, D); ``audio_feature_lengths`` (N,) counts the true ones.
@@ -306,8 +306,10 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     def _learn(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Logits (L, V), where they are made, and the summed loss of hidden states (L, H) and labels (L,)."""
-        if self.training and torch.is_grad_enabled() and not self.lm_head.weight.requires_grad:
-            return None, frozen_head_loss(hidden, self.lm_head.weight, labels)
+        head = self.lm_head
+        is_frozen = type(head) is nn.Linear and not head.weight.requires_grad  # and carries no adapter
+        if is_frozen and self.training and torch.is_grad_enabled():
+            return None, frozen_head_loss(hidden, head.weight, labels)
         logits = self.lm_head(hidden)
         return logits, summed_cross_entropy(logits, labels)
 

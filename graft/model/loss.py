@@ -32,7 +32,7 @@ def frozen_head_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         hidden: (L, H).
-        labels: (L,), each below V.
+        labels: (L,), each in [0, V): none is ignored.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
@@ -43,8 +43,8 @@ def frozen_head_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 class _FrozenHeadLoss(torch.autograd.Function):
     """The softmax over all rows from parts of them: arXiv 1805.02867, algorithm 3.
 
-    A label's own row is kept out of the products. What its logit lacks of certainty, 1 - p, is the sum of the others'
-    p; as a difference it would be lost where p, rounded to bf16, is nearly 1.
+    A label's own row is kept out of the products. The gradient of its logit is p - 1, and 1 - p is added up from the
+    others' p: as a difference it would vanish where p, rounded to bf16, is 1.
     """
 
     @staticmethod

@@ -57,7 +57,8 @@ class Feed:
             )
         self.source, self.template, self.stage, self.ranks = source, template, stage, ranks
         self.depth, self.seed = data.prefetch, seed
-        self.torch_threads = None if data.features == "online" else 1  # an encoder wants them all
+        # One beside a step on the CPU; an encoder takes them all, and so does what feeds a GPU
+        self.torch_threads = None if data.features == "online" or self.pins_memory else 1
         self.costs = template.costs(source.entries)
         self.plan = Plan(
             self.costs,

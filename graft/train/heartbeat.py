@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from graft.command import FAULT
 from graft.ranks import Ranks
 from graft.train.stopping import StopRequest
 
@@ -30,7 +31,6 @@ BEATS_IN_PATIENCE = 10
 MOST_BETWEEN_BEATS_S = 2.0  # also how long a request to stop is on its way
 STOP_KEY = "graft/stop"
 Trouble = Literal["silent", "still"]  # does not answer at all; answers, and gets no further
-FAULT = 1  # exit code of a fault that is not the user's
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Pulse:
             return "still"
         return None
 
-    def complaint(self, trouble: Trouble, now: float) -> str:
-        """The same in words, without the rank's number."""
+    def in_words(self, trouble: Trouble, now: float) -> str:
+        """What is said behind the rank's number."""
         if trouble == "silent":
             return (
                 f"on {self.host} has not answered for {now - self.beat_since:.0f} s: it is stopped, or its node is "
@@ -164,10 +164,10 @@ class Heartbeat:
                     os._exit(FAULT)
 
     def _tell_of(self, rank: int, pulse: Pulse, now: float) -> None:
-        """Say it when a rank's trouble begins, turns into another, and is over."""
+        """Say it when a rank's trouble begins, turns into another, or is over."""
         trouble = pulse.trouble(now, self.patience_s)
         if trouble != self._told.get(rank):
-            self._tell(f"rank {rank} {pulse.complaint(trouble, now) if trouble else 'goes on'}")
+            self._tell(f"rank {rank} {pulse.in_words(trouble, now) if trouble else 'goes on'}")
         self._told[rank] = trouble
 
     def _tell(self, what: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import record_function
 
 READ = "read"  # until every rank has its micro-batches of the step
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD = "forward", "backward"  # the loss makes its gradient in forward: graft/model/loss.py
 REDUCE = "reduce"  # of the gradients: waiting for the slowest rank, then adding up
 UPDATE = "update"  # is every gradient finite? Clip, optimiser step, gather the weights
 AGREE = "agree"  # on whether to stop
