@@ -134,10 +134,14 @@ def test_a_command_that_is_not_there() -> None:
         whole(origin_of("pipe:graft-no-such-command {file}"), "a.tar")
 
 
-def test_nothing_of_a_command_stays(tmp_path: Path) -> None:
-    """Neither the command nor what it started, when its reader has had enough."""
-    blocks = command(f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/parent; yes").blocks("a.tar", 5)
+@pytest.mark.parametrize("goes_on", ["yes", "echo some bytes; sleep 60", "echo some bytes; exit 0"])
+def test_nothing_of_a_command_stays(tmp_path: Path, goes_on: str) -> None:
+    """Neither the command nor what it started, when its reader has had enough or it has ended by itself."""
+    line = f"sleep 60 > /dev/null & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/parent; {goes_on}"
+    blocks = command(line).blocks("a.tar", 5)
     next(blocks)
+    if goes_on.endswith("exit 0"):
+        assert list(blocks) == []
     blocks.close()
     for name in ("child", "parent"):
         pid = int((tmp_path / name).read_text())

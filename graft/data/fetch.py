@@ -187,12 +187,11 @@ def _output(process: subprocess.Popen[bytes], stall_s: float) -> Iterator[bytes]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leave nothing of the command behind."""
+    """Leave nothing of the command behind, not even what outlives it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a number still in use by a group is given to no new process
     process.stdout.close()
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _body(response: http.client.HTTPResponse) -> Iterator[bytes]:
