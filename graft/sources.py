@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from graft.data.cache import GB, Cache, RemoteFiles
 from graft.data.fetch import origin_of
 from graft.data.loader import FeatureSource, MixedSource, OnlineSource, ShardSource
-from graft.data.manifest import read_manifest
+from graft.data.manifest import Manifest, read_manifest
 from graft.data.shard_format import FeatureSet
+from graft.data.views import read_split
 from graft.model.assemble import DTYPES
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import Ranks
@@ -56,7 +57,7 @@ class Sources:
             ValueError: on every rank, if it cannot be used on any.
         """
         if self.recipe.data.features == "online":
-            return self.open_manifest(self.recipe.manifest(split))
+            return self._online(lambda: read_split(self.recipe, split))
         expected = self.fingerprint
         return self.ranks.together(lambda: ShardSource(open_set(self.recipe, split, expected)))
 
@@ -73,11 +74,12 @@ class Sources:
 
     def open_manifest(self, path: Path) -> OnlineSource:
         """The utterances of a manifest, encoded when they are needed."""
+        return self._online(lambda: read_manifest(path))
+
+    def _online(self, read: Callable[[], Manifest]) -> OnlineSource:
         long_audio = self.recipe.audio.long_audio
         return self.ranks.together(
-            lambda: OnlineSource(
-                read_manifest(path), self.encoder.encode, window=self.encoder.window, long_audio=long_audio
-            )
+            lambda: OnlineSource(read(), self.encoder.encode, window=self.encoder.window, long_audio=long_audio)
         )
 
 

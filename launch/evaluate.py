@@ -30,8 +30,9 @@ from rich.console import Console
 from graft import command
 from graft import ranks as processes
 from graft.data.loader import OnlineEntry, OnlineSource
-from graft.data.manifest import Reject, read_manifest, write_rejects
+from graft.data.manifest import Manifest, Reject, read_manifest, write_rejects
 from graft.data.prompt import PromptTemplate
+from graft.data.views import read_split
 from graft.evaluation.base_whisper import WhisperTranscriber
 from graft.evaluation.evaluate import Evaluation, beside, evaluate, score_transcriber
 from graft.evaluation.report import summary_table, worst_utterances, write_evaluation
@@ -58,13 +59,16 @@ class Task:
     checkpoint: Path | None
     split: str | None
     manifest: Path | None
-    online: bool
     output: Path
 
     @property
     def name(self) -> str:
         """The split, or the manifest's name without suffix."""
         return self.split or self.manifest.stem
+
+    def read_manifest(self) -> Manifest:
+        """The utterances, with their sound files."""
+        return read_split(self.recipe, self.split) if self.split else read_manifest(self.manifest)
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,13 @@ def plan(arguments: argparse.Namespace) -> Task:
         raise ValueError(f"manifest {manifest} does not exist")
     name = arguments.split or manifest.stem
     output = arguments.output or run_dir / "eval" / (name if checkpoint else f"{name}-base-whisper")
-    return Task(recipe, checkpoint, arguments.split, manifest, online, output)
+    return Task(recipe, checkpoint, arguments.split, manifest, output)
 
 
 def score_checkpoint(task: Task, ranks: Ranks, swapped: bool) -> Scored:
     """The graft's evaluation, with what it was made of in the summary."""
     sources = Sources(task.recipe, ranks, ranks.device())
-    source = sources.open_manifest(task.manifest) if task.online else sources.open(task.split)
+    source = sources.open(task.split) if task.split else sources.open_manifest(task.manifest)
     check_encoder(task.checkpoint, sources.fingerprint)
     graft = ranks.together(lambda: build(task, ranks))
     prompt = task.recipe.prompt
@@ -156,7 +160,7 @@ def score_base_whisper(task: Task, ranks: Ranks, language: str | None) -> Scored
     whisper = ranks.together(
         lambda: WhisperTranscriber(
             recipe.bases.whisper,
-            read_manifest(task.manifest),
+            task.read_manifest(),
             dtype=DTYPES[recipe.run.precision],
             device=ranks.device(),
             long_audio=recipe.audio.long_audio,
@@ -208,7 +212,7 @@ def of_manifest(task: Task) -> dict[str, str]:
     manifest = task.recipe.data.manifests.get(task.split or "")
     if manifest is None or not Path(manifest).is_file():
         return {}
-    return {u.id: str(u.audio_filepath) for u in read_manifest(manifest, check_files=False).utterances}
+    return {u.id: str(u.audio_filepath) for u in read_split(task.recipe, task.split, check_files=False).utterances}
 
 
 def arguments_parser() -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: the launcher puts this folder first, where evaluate.py would hide a package
 
 from graft import command
-from graft.data.audio import load_audio
 from graft.data.manifest import read_manifest
 from graft.data.prompt import PromptTemplate
+from graft.data.views import load_utterance
 from graft.evaluation.evaluate import evaluate
 from graft.evaluation.transcribe import Interrupted
 from graft.lengths import SAMPLE_RATE
@@ -165,7 +165,7 @@ def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, fe
     tracker.text(0, "data/first_utterance", f"    {before!r} [audio x {tokens}] {after!r}\n\nlearnt: `{learnt!r}`")
     manifest = Path(recipe.data.manifests.get(recipe.evaluation.split, ""))
     for utterance in read_manifest(manifest).utterances[:NUM_CLIPS] if manifest.is_file() else []:
-        waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+        waveform = load_utterance(utterance)
         tracker.audio(0, f"{recipe.evaluation.split}/{utterance.id}", waveform, SAMPLE_RATE)
 
 

@@ -37,10 +37,10 @@ import torch
 
 from graft import command, lengths
 from graft import ranks as processes
-from graft.data.audio import AudioError, load_audio, windows
+from graft.data.audio import AudioError, windows
 from graft.data.fetch import origin_of
 from graft.data.loader import Prefetcher
-from graft.data.manifest import Manifest, Utterance, common, read_manifest
+from graft.data.manifest import Manifest, Utterance, common
 from graft.data.progress import Meter, clock
 from graft.data.shard_format import INDEX, PARTS, REJECTS, FeatureSet, sample_size
 from graft.data.shard_writer import (
@@ -54,6 +54,7 @@ from graft.data.shard_writer import (
     part_path,
     plan_shards,
 )
+from graft.data.views import load_utterance, read_split
 from graft.lengths import Window, WindowExceeded
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import USERS_FAULTS, AgreedValueError, Ranks
@@ -168,7 +169,7 @@ class Job:
     @classmethod
     def prepare(cls, recipe: Recipe, split: str, encoder: SpeechEncoder) -> Job:
         """Read the manifest and plan the shards; sound files are looked at when their turn comes."""
-        manifest = read_manifest(recipe.manifest(split), check_files=False)
+        manifest = read_split(recipe, split, check_files=False)
         description = SetDescription(
             name=split,
             manifest_sha256=manifest.sha256,
@@ -245,9 +246,9 @@ class Job:
         """Bytes of these shards, from the manifest's durations; None where it has none."""
         total = 0
         for utterance in (u for number in numbers for u in self.shards[number].utterances):
-            if utterance.duration is None:
+            if utterance.heard_s is None:
                 return None
-            frames = lengths.encoder_frames(lengths.num_samples(utterance.duration))
+            frames = lengths.encoder_frames(lengths.num_samples(utterance.heard_s))
             if self.description.long_audio != "join":
                 frames = min(frames, self.description.window_frames)
             total += sample_size(frames, self.description.frame_size, self.description.dtype) + OVERHEAD
@@ -296,7 +297,7 @@ class Job:
             LOG.info("  %d rejected (%s): %s", len(reasons), self.folder / REJECTS, common(reasons))
 
     def _audio_length(self) -> str:
-        durations = [utterance.duration for utterance in self.manifest.utterances]
+        durations = [utterance.heard_s for utterance in self.manifest.utterances]
         return "" if None in durations else f", {clock(sum(durations))} of audio,"
 
 
@@ -371,7 +372,7 @@ class Worker:
         shard, line, utterance = item
         made = Sample(shard.number, line, utterance)
         try:
-            waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+            waveform = load_utterance(utterance)
             if not waveform.any():
                 raise AudioError(f"{utterance.audio_filepath}: nothing but silence, every sample is zero")
             pieces = windows(waveform, self.encoder.window, self.job.description.long_audio, f"'{utterance.id}'")

@@ -46,6 +46,11 @@ def load_audio(path: Path, offset: float = 0.0, duration: float | None = None) -
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
+def change_speed(waveform: np.ndarray, factor: float) -> np.ndarray:
+    """(S,) played ``factor`` times as fast, (S / factor,): pitch and formants move with it, as on a turntable."""
+    return np.ascontiguousarray(soxr.resample(waveform, SAMPLE_RATE * factor, SAMPLE_RATE, quality="HQ"))
+
+
 def header_duration(path: Path) -> float:
     """Length of a sound file in seconds, from its header alone.
 

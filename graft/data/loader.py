@@ -20,9 +20,10 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from graft.data.audio import AudioError, LongAudio, header_duration, load_audio, windows
+from graft.data.audio import AudioError, LongAudio, header_duration, windows
 from graft.data.manifest import Manifest, Reject, Utterance
 from graft.data.shard_format import FeatureSet
+from graft.data.views import load_utterance
 from graft.lengths import Window, WindowExceeded, encoder_frames, num_samples
 
 Encode = Callable[[list[np.ndarray]], list[torch.Tensor]]  # waveforms (S_i,) -> features (F_i, D), one window each
@@ -120,6 +121,7 @@ class OnlineSource:
         duration = whole if utterance.duration is None else min(whole, utterance.duration)
         if duration <= 0:
             raise AudioError(f"{utterance.audio_filepath}: holds no samples after {utterance.offset:g} s")
+        duration = replace(utterance, duration=duration).heard_s
         samples = num_samples(duration)
         if self._long_audio == "reject":
             self._window.check(samples, f"'{utterance.id}'")
@@ -129,7 +131,7 @@ class OnlineSource:
         return OnlineEntry(utterance.id, text, encoder_frames(samples), duration, instruction, utterance)
 
     def _pieces(self, utterance: Utterance) -> list[np.ndarray]:
-        waveform = load_audio(utterance.audio_filepath, utterance.offset, utterance.duration)
+        waveform = load_utterance(utterance)
         return windows(waveform, self._window, self._long_audio, f"'{utterance.id}'")
 
 

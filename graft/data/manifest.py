@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from graft.data.text import clean_text
+from graft.recipe import View
 from graft.run_dir import write_whole
 
 ALIASES: dict[str, tuple[str, ...]] = {  # ours first, then NeMo's, SLAM-LLM's, Hugging Face's
@@ -53,6 +54,12 @@ class Utterance:
     language: str | None = None
     speaker: str | None = None
     image: Path | None = None
+    view: View | None = None  # None: as it is
+
+    @property
+    def heard_s(self) -> float | None:
+        """Seconds that the encoder hears: a faster view is shorter than its recording."""
+        return None if self.duration is None else self.duration / (self.view.speed if self.view else 1)
 
     def extras(self) -> dict[str, Any]:
         """The optional fields that are set and are words: what a shard keeps beside the text."""

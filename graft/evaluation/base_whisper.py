@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from graft.data.audio import LongAudio, load_audio, windows
+from graft.data.audio import LongAudio, windows
 from graft.data.loader import OnlineSource
 from graft.data.manifest import Manifest
+from graft.data.views import load_utterance
 from graft.evaluation.transcribe import Answers, inferring
 from graft.lengths import Window
 from graft.model.encoder import load_feature_extractor, log_mels
@@ -52,7 +53,7 @@ class WhisperTranscriber:
     def read(self, indices: Sequence[int]) -> Pieces:
         """Windows (S_i,) of the waveforms of these utterances."""
         utterances = [self.entries[i].utterance for i in indices]
-        waveforms = [load_audio(u.audio_filepath, u.offset, u.duration) for u in utterances]
+        waveforms = [load_utterance(utterance) for utterance in utterances]
         return [
             windows(waveform, self._window, self._long_audio, f"'{utterance.id}'")
             for waveform, utterance in zip(waveforms, utterances, strict=True)
