@@ -12,7 +12,7 @@ from graft.data.fetch import origin_of
 from graft.data.loader import FeatureSource, MixedSource, OnlineSource, ShardSource
 from graft.data.manifest import Manifest, read_manifest
 from graft.data.shard_format import FeatureSet
-from graft.data.views import read_split
+from graft.data.views import check_has_views, read_split
 from graft.model.assemble import DTYPES
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import Ranks
@@ -87,10 +87,13 @@ def open_set(recipe: Recipe, split: str, expected_fingerprint: str | None = None
     """The feature set of a split, from its folder or, through the cache, from wherever ``data.shards`` says.
 
     Raises:
-        ValueError: see :meth:`FeatureSet.open`.
+        ValueError: see :meth:`FeatureSet.open` and :func:`check_has_views`.
     """
     origin = origin_of(recipe.data.shards, split)
-    if origin is None:
-        return FeatureSet.open(recipe.set_folder(split), expected_fingerprint)
-    cache = Cache(Path(recipe.data.cache_dir).expanduser(), recipe.data.cache_gb * GB)
-    return FeatureSet.open(RemoteFiles(origin, cache), expected_fingerprint)
+    files: Path | RemoteFiles = recipe.set_folder(split)
+    if origin is not None:
+        files = RemoteFiles(origin, Cache(Path(recipe.data.cache_dir).expanduser(), recipe.data.cache_gb * GB))
+    opened = FeatureSet.open(files, expected_fingerprint)
+    where = f"the set of '{split}' in {recipe.data.shards}"
+    check_has_views((entry.id for entry in opened.entries), recipe.data.views.get(split, []), where)
+    return opened

@@ -342,7 +342,7 @@ def test_an_existing_set_is_not_written_over(whole: Path) -> None:
     other = replace(DESCRIPTION, fingerprint="9" * 64, samples_per_shard=3)
     with pytest.raises(ValueError, match="encoder was ffffffffffff, is now 999999999999; data.samples_per_shard was 2"):
         check_existing(whole, other)
-    with pytest.raises(ValueError, match="manifest was mmmmmmmmmmmm, is now nnnnnnnnnnnn"):
+    with pytest.raises(ValueError, match="manifest or data.views was mmmmmmmmmmmm, is now nnnnnnnnnnnn"):
         check_existing(whole, replace(DESCRIPTION, manifest_sha256="n" * 64))
     with pytest.raises(ValueError, match="Give data.shards another folder, or delete this one"):
         finished_part(whole, other, 0)

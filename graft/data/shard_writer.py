@@ -255,7 +255,7 @@ COMPARED = {
     "fingerprint": "encoder",
     "window": "audio.window",
     "precision": "run.precision",
-    "manifest_sha256": "manifest",
+    "manifest_sha256": "manifest or data.views",
     "samples_per_shard": "data.samples_per_shard",
     "long_audio": "audio.long_audio",
     "dtype": "audio.feature_dtype",

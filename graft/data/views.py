@@ -9,7 +9,7 @@ S: samples at 16 kHz
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
@@ -51,6 +51,24 @@ def with_views(manifest: Manifest, views: Sequence[View]) -> Manifest:
         raise ValueError(f"manifest {manifest.path}: '{clash}' is also the name of another line's view; rename one")
     told = json.dumps([manifest.sha256, [view.model_dump() for view in views]])
     return Manifest(manifest.path, utterances, rejects, lines, sha256(told.encode()).hexdigest())
+
+
+def check_has_views(ids: Iterable[str], views: Sequence[View], where: str) -> None:
+    """Refuse a set that was made before its recipe asked for ``views``; one utterance of each is enough.
+
+    Raises:
+        ValueError: names the view that is not there.
+    """
+    missing = {view.name for view in views}
+    for utterance_id in ids:
+        if not missing:
+            return
+        missing.discard(utterance_id.rpartition("@")[2])
+    if missing:
+        raise ValueError(
+            f"{where} holds no utterance as {' or '.join(sorted(missing))}, which data.views asks for: make the set "
+            "anew with shards/precompute.py, in another data.shards"
+        )
 
 
 def load_utterance(utterance: Utterance) -> np.ndarray:

@@ -26,6 +26,7 @@ from graft.train.guard import differences
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "jiwer", "tensorboard", "safetensors", "numpy")
+DATA_THAT_MATTERS = ("manifests", "views", "train_split", "features", "shuffle_pool")
 GRAFT_SECTIONS = ("bases", "audio", "projector", "prompt")  # what a stage-2 run shares with its stage 1
 
 
@@ -36,7 +37,9 @@ def settings_that_matter(recipe: Recipe, stage: int) -> dict[str, Any]:
     """
     tree = recipe.model_dump(mode="json")
     kept = {section: tree[section] for section in GRAFT_SECTIONS}
-    kept["data"] = {name: tree["data"][name] for name in ("manifests", "train_split", "features", "shuffle_pool")}
+    kept["data"] = {
+        name: tree["data"][name] for name in ("manifests", "views", "train_split", "features", "shuffle_pool")
+    }
     kept["run"] = {name: tree["run"][name] for name in ("seed", "precision")}
     kept[f"stage{stage}"] = {name: value for name, value in tree[f"stage{stage}"].items() if name != "max_steps"}
     return kept | ({"lora": tree["lora"]} if stage == 2 else {})
