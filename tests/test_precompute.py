@@ -18,14 +18,11 @@ import soundfile
 import torch
 
 from corpus import RECIPE
-from graft.data.loader import OnlineSource
 from graft.data.shard_format import FeatureSet
-from graft.data.views import read_split
 from graft.lengths import SAMPLES_PER_ENCODER_FRAME, Window, encoder_frames
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import AgreedValueError, Ranks
-from graft.recipe import Recipe, View, load_recipe
-from graft.sources import open_set
+from graft.recipe import Recipe, load_recipe
 from shards.precompute import Job, Worker, locked, main, precompute, readable
 from shards.verify import verify_set
 
@@ -85,12 +82,11 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def recipe(manifest: Path, shards: Path, views: dict[str, list[View]] | None = None, **audio: object) -> Recipe:
+def recipe(manifest: Path, shards: Path, **audio: object) -> Recipe:
     return Recipe(
         bases={"whisper": "stub", "qwen2_vl": "stub"},
         audio={"encode_batch_size": 3, "max_rejects": 0.1} | audio,
-        data={"manifests": {"train": str(manifest)}, "views": views or {}, "shards": str(shards)}
-        | {"samples_per_shard": 4},
+        data={"manifests": {"train": str(manifest)}, "shards": str(shards), "samples_per_shard": 4},
     )
 
 
@@ -143,38 +139,6 @@ def play(recipe: Recipe, world_size: int, encoder: StubEncoder) -> Path:
         Worker(job, encoder, Ranks(rank, world_size), todo).run()
     job.merge()
     return job.folder
-
-
-def test_every_view_is_there(manifest: Path, tmp_path: Path) -> None:
-    """With features of its own; a view that the window does not hold is a reject of its own."""
-    views = [View(speed=0.9), View(speed=1.25, snr_db=10)]
-    settings = recipe(manifest, tmp_path / "a", views={"train": views})
-    encoder = StubEncoder()
-    precompute(settings, "train", encoder, Ranks())
-    made = open_set(settings, "train", encoder.fingerprint)
-    plain = [line["id"] for line in read_lines(manifest)]
-    names = [name for each in plain for name in (each, f"{each}@speed=0.9", f"{each}@speed=1.25,snr_db=10")]
-    rejects = read_lines(tmp_path / "a" / "train" / "rejects.jsonl")
-    assert [r["id"] for r in rejects] == ["u.22@speed=0.9"]  # 0.914 s long: 1.016 s
-    assert [e.id for e in made.entries] == [name for name in names if name != "u.22@speed=0.9"]
-    as_it_is, slower, noisy = (made.entries[i] for i in (9, 10, 11))
-    assert slower.duration == pytest.approx(as_it_is.duration / 0.9, abs=1 / RATE)
-    assert noisy.duration == pytest.approx(as_it_is.duration / 1.25, abs=1 / RATE)
-    online = OnlineSource(read_split(settings, "train"), encoder.encode, window=WINDOW)
-    assert [(e.id, e.num_frames) for e in online.entries] == [(e.id, e.num_frames) for e in made.entries]
-    for features, number in zip(online.read_many([9, 10, 11]), (9, 10, 11), strict=True):
-        assert torch.equal(features[:, :2], made.read(number)[:, :2])
-    by_two = settings.model_copy(update={"data": settings.data.model_copy(update={"shards": str(tmp_path / "b")})})
-    assert files(play(by_two, 2, StubEncoder())) == files(tmp_path / "a" / "train")
-
-
-def test_a_set_without_the_views_that_are_asked_for(manifest: Path, tmp_path: Path) -> None:
-    """Is refused by what would train on it and by what would write over it."""
-    precompute(recipe(manifest, tmp_path), "train", StubEncoder(), Ranks())
-    settings = recipe(manifest, tmp_path, views={"train": [View(speed=0.9), View(speed=1.1)]})
-    with pytest.raises(ValueError, match=r"'train' in .* holds no utterance as speed=0.9 or speed=1.1, which data.v"):
-        open_set(settings, "train")
-    refuse(settings, StubEncoder(), "another feature set: manifest or data.views was")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
@@ -297,11 +261,8 @@ def test_another_encoder_or_manifest_is_refused(manifest: Path, tmp_path: Path, 
     )
     other = shutil.copytree(manifest.parent, tmp_path / "corpus")
     write_lines(other, read_lines(manifest)[:-1])
-    refuse(
-        recipe(other / "train.jsonl", tmp_path),
-        StubEncoder(),
-        "manifest or data.views was" if finished else "another encoder, man",
-    )
+    says = "manifest or data.views was" if finished else "another encoder, manifest"
+    refuse(recipe(other / "train.jsonl", tmp_path), StubEncoder(), says)
     refuse(
         recipe(manifest, tmp_path, long_audio="join"),
         StubEncoder(),

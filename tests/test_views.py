@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_precompute import RATE, WINDOW, StubEncoder, corpus, files, play, read_lines, recipe, refuse
 
 from graft.data.audio import change_speed, load_audio
+from graft.data.loader import OnlineSource
 from graft.data.manifest import Manifest, Reject, Utterance
 from graft.data.views import load_utterance, read_split, with_views
 from graft.lengths import SAMPLE_RATE, num_samples
-from graft.recipe import View, load_recipe
+from graft.ranks import Ranks
+from graft.recipe import Recipe, View, load_recipe
+from graft.sources import open_set
+from shards.precompute import precompute
 
 TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 SLOW, NOISY, SOFT = View(speed=0.8), View(speed=1.25, snr_db=12), View(gain_db=-20)
@@ -75,6 +81,13 @@ def test_gain(utterance: Utterance) -> None:
     np.testing.assert_allclose(heard(utterance, SOFT), 0.1 * load_audio(utterance.audio_filepath), rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 40, 129])
+def test_noise_on_a_click(tmp_path: Path, size: int) -> None:
+    soundfile.write(tmp_path / "click.wav", np.full(size, 0.5), SAMPLE_RATE, subtype="FLOAT")
+    noisy = heard(Utterance("a", tmp_path / "click.wav", None, "x"), View(snr_db=0))
+    assert noisy.shape == (size,) and np.isfinite(noisy).all()
+
+
 def test_noise_on_silence_is_silence(tmp_path: Path) -> None:
     """Silence is refused where it is encoded; a view must not hide it."""
     soundfile.write(tmp_path / "none.wav", np.zeros(800), SAMPLE_RATE)
@@ -118,3 +131,41 @@ def test_a_recipe_says_which_splits_have_views() -> None:
 def test_views_that_cannot_be(views: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_recipe(TINY, [f"data.views={views}"])
+
+
+def with_data(settings: Recipe, **data: object) -> Recipe:
+    return settings.model_copy(update={"data": settings.data.model_copy(update=data)})
+
+
+def test_every_view_is_there(tmp_path: Path) -> None:
+    """With features of its own; a view that the window does not hold is a reject of its own."""
+    manifest = corpus(tmp_path)
+    views = [View(speed=0.9), View(speed=1.25, snr_db=10)]
+    settings = with_data(recipe(manifest, tmp_path / "a"), views={"train": views})
+    encoder = StubEncoder()
+    precompute(settings, "train", encoder, Ranks())
+    made = open_set(settings, "train", encoder.fingerprint)
+    plain = [line["id"] for line in read_lines(manifest)]
+    names = [name for each in plain for name in (each, f"{each}@speed=0.9", f"{each}@speed=1.25,snr_db=10")]
+    rejects = read_lines(tmp_path / "a" / "train" / "rejects.jsonl")
+    assert [r["id"] for r in rejects] == ["u.22@speed=0.9"]  # 0.914 s long: 1.016 s
+    assert [e.id for e in made.entries] == [name for name in names if name != "u.22@speed=0.9"]
+    as_it_is, slower, noisy = (made.entries[i] for i in (9, 10, 11))
+    assert slower.duration == pytest.approx(as_it_is.duration / 0.9, abs=1 / RATE)
+    assert noisy.duration == pytest.approx(as_it_is.duration / 1.25, abs=1 / RATE)
+    online = OnlineSource(read_split(settings, "train"), encoder.encode, window=WINDOW)
+    assert [(e.id, e.num_frames) for e in online.entries] == [(e.id, e.num_frames) for e in made.entries]
+    for features, number in zip(online.read_many([9, 10, 11]), (9, 10, 11), strict=True):
+        assert torch.equal(features[:, :2], made.read(number)[:, :2])
+    by_two = with_data(settings, shards=str(tmp_path / "b"))
+    assert files(play(by_two, 2, StubEncoder())) == files(tmp_path / "a" / "train")
+
+
+def test_a_set_without_the_views_that_are_asked_for(tmp_path: Path) -> None:
+    """Is refused by what would train on it and by what would write over it."""
+    manifest = corpus(tmp_path)
+    precompute(recipe(manifest, tmp_path), "train", StubEncoder(), Ranks())
+    settings = with_data(recipe(manifest, tmp_path), views={"train": [View(speed=0.9), View(speed=1.1)]})
+    with pytest.raises(ValueError, match=r"'train' in .* holds no utterance as speed=0.9 or speed=1.1, which data.v"):
+        open_set(settings, "train")
+    refuse(settings, StubEncoder(), "another feature set: manifest or data.views was")

@@ -92,9 +92,10 @@ def load_utterance(utterance: Utterance) -> np.ndarray:
 def _noise(waveform: np.ndarray, snr_db: float, key: str) -> np.ndarray:
     """Noise (S,) with the long-term spectrum of ``waveform``, ``snr_db`` below it: it hides all of speech alike."""
     chance = np.random.Generator(np.random.Philox(key=int.from_bytes(sha256(key.encode()).digest()[:8], "big")))
-    power = np.abs(np.fft.rfft(waveform)) ** 2
+    size = 1 << (len(waveform) - 1).bit_length()  # a power of two is fast to transform
+    power = np.abs(np.fft.rfft(waveform, size)) ** 2
     shape = np.sqrt(np.convolve(power, np.ones(SMOOTHED_BINS) / SMOOTHED_BINS, mode="same")[: len(power)])
-    noise = np.fft.irfft(shape * np.exp(2j * np.pi * chance.random(len(power))), len(waveform))
+    noise = np.fft.irfft(shape * np.exp(2j * np.pi * chance.random(len(shape))), size)[: len(waveform)]
     loudness = np.sqrt(np.mean(waveform**2) / max(np.mean(noise**2), np.finfo(np.float64).tiny))
     return (noise * loudness / _amplitude(snr_db)).astype(np.float32)
 
