@@ -140,6 +140,9 @@ class Stage(Settings):
     """One training stage."""
 
     max_steps: Positive = 1000
+    # So many of stage 1's steps come first and run without the language model, at a fraction of the cost: the projector
+    # learns to give, for what is said, the language model's own embeddings of those words (graft/model/alignment.py).
+    alignment_steps: NotNegative = 0
     learning_rate: Rate = 1e-3  # of the projector
     lora_learning_rate: Rate = 2e-4  # of the adapters; stage 2 only
     warmup_steps: NotNegative = 50
@@ -220,6 +223,11 @@ class Recipe(Settings):
                 raise ValueError(
                     f"{name}.warmup_steps ({stage.warmup_steps}) leaves nothing of {name}.max_steps "
                     f"({stage.max_steps}): lower the first or raise the second"
+                )
+            if stage.alignment_steps > (stage.max_steps if stage is self.stage1 else 0):
+                raise ValueError(
+                    f"{name}.alignment_steps is {stage.alignment_steps}: they are the first of stage 1's max_steps "
+                    f"({self.stage1.max_steps}), and stage 2 has none"
                 )
         for split, views in self.data.views.items():
             if split not in self.data.manifests:

@@ -3,7 +3,7 @@
 Training sequences are padded on the right, prompts for generation on the left.
 
 B: utterances    T: positions    F: encoder frames    D: numbers per frame    A: audio tokens of the longest
-L: label positions    P: audio placeholders
+L: label positions    P: audio placeholders    K: different words, the pause first    U: words of the longest transcript
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from graft.data.loader import FeatureSample
 from graft.data.prompt import IGNORE_INDEX, PromptTemplate
+
+_TO_ALIGN = ("audio_features", "audio_feature_lengths", "words", "spoken", "num_spoken")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Batch:
     audio_places: (P,) into the B * T positions, where a placeholder stands; None: the model looks for them
     audio_tokens: (P,) into the B * A audio tokens, which of them stands there
     label_positions: (L,) into the B * T positions whose next label is learnt; follows from ``labels``
+
+    For a step that aligns the audio with its words (:mod:`graft.model.alignment`), all int64, else None:
+    words: (K,) token ids     spoken: (B, U) numbers of ``words``, 0 behind     num_spoken: (B,), how many are real
     """
 
     ids: tuple[str, ...]
@@ -41,6 +46,9 @@ class Batch:
     audio_places: torch.Tensor | None = None
     audio_tokens: torch.Tensor | None = None
     num_shared: int = 0
+    words: torch.Tensor | None = None
+    spoken: torch.Tensor | None = None
+    num_spoken: torch.Tensor | None = None
     label_positions: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -130,12 +138,14 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         if self.labels is None:
             return tensors
+        if self.words is not None:
+            return {name: tensors[name] for name in _TO_ALIGN}
         del tensors["attention_mask"]
         return {**tensors, "num_shared": self.num_shared}
 
 
-def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate) -> Batch:
-    """A batch of training sequences, padded on the right.
+def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate, align: bool = False) -> Batch:
+    """A batch of training sequences, padded on the right; with ``align`` it trains alignment alone.
 
     Raises:
         ValueError: an utterance has no text.
@@ -154,6 +164,7 @@ def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate)
         attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
         labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
         num_shared=template.num_shared(sample.instruction for sample in samples),
+        words=_words([template.spoken_ids(sample.text) for sample in samples], template.pause_id) if align else {},
     )
 
 
@@ -180,6 +191,7 @@ def _batch(
     attention_mask: list[list[int]],
     labels: list[list[int]] | None,
     num_shared: int = 0,
+    words: dict[str, torch.Tensor] | None = None,
 ) -> Batch:
     features = [sample.audio_features for sample in samples]
     rows = torch.tensor(input_ids)
@@ -192,8 +204,21 @@ def _batch(
         audio_features=torch.nn.utils.rnn.pad_sequence(features, batch_first=True),  # (B, F, D), zeros behind
         audio_feature_lengths=torch.tensor([len(f) for f in features]),
         num_shared=num_shared,
+        **(words or {}),
         **(_audio_places(rows == template.audio_token_id, num_tokens) if labels is not None else {}),
     )
+
+
+def _words(transcripts: list[list[int]], pause: int) -> dict[str, torch.Tensor]:
+    """What is said, as numbers of the micro-batch's own words: (K,), (B, U) and (B,)."""
+    words = [pause, *sorted({token for ids in transcripts for token in ids})]
+    number = {token: i for i, token in enumerate(words)}
+    spoken = [torch.tensor([number[token] for token in ids], dtype=torch.int64) for ids in transcripts]
+    return {
+        "words": torch.tensor(words),
+        "spoken": torch.nn.utils.rnn.pad_sequence(spoken, batch_first=True),
+        "num_spoken": torch.tensor([len(ids) for ids in transcripts]),
+    }
 
 
 def _audio_places(is_audio: torch.Tensor, num_tokens: list[int]) -> dict[str, torch.Tensor]:

@@ -97,6 +97,25 @@ class PromptTemplate:
         """Ids of a transcript. Spelled-out special tokens in it are text like any other, never control."""
         return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    @property
+    def pause_id(self) -> int:
+        """The id of a single space: what stands for silence where audio is aligned with words.
+
+        Raises:
+            ValueError: the tokenizer has no such token. Qwen2-VL's has, as every byte-level one.
+        """
+        ids = self.text_ids(" ")
+        if len(ids) != 1:
+            raise ValueError(
+                f"stage1.alignment_steps needs a tokenizer with one token for a space; this one gives {ids}"
+            )
+        return ids[0]
+
+    def spoken_ids(self, text: str) -> list[int]:
+        """Ids of a transcript's words, each as it is inside a sentence, without pauses."""
+        pause = self.pause_id
+        return [token for token in self.text_ids(f" {text}") if token != pause]
+
     def num_audio_tokens(self, num_frames: int) -> int:
         """Placeholders that ``num_frames`` encoder frames take."""
         return audio_tokens(num_frames, self.stack_factor)

@@ -29,6 +29,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from graft import lengths
+from graft.model.alignment import alignment_loss
 from graft.model.config import FEATURE_DTYPE, AudioGraftConfig
 from graft.model.lean import Line, runs_on_a_line
 from graft.model.loss import frozen_head_loss, summed_cross_entropy
@@ -246,6 +247,9 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         num_items_in_batch: int | torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
         num_shared: int = 0,
+        words: torch.Tensor | None = None,
+        spoken: torch.Tensor | None = None,
+        num_spoken: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """As the parent's, with audio, and with the loss at label positions only.
@@ -257,6 +261,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             num_items_in_batch: the loss is the sum over label positions divided by this; None: by their number.
             num_shared: the first positions that hold the same text in every row, no audio and no label: worked on once.
             label_positions: what :func:`find_label_positions` says of ``labels``, (L,); None: it is asked.
+            words: (K,) ids, the pause first. With them the language model does not run, and the loss is the sum of
+                :func:`alignment_loss`, divided likewise; ``spoken`` (B, U) and ``num_spoken`` (B,) say what is said.
             kwargs: ``audio_places`` and ``audio_tokens`` of :meth:`AudioGraftModel.forward` among others.
 
         Returns:
@@ -264,6 +270,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             with a frozen output matrix: there they are never made as a whole. Hidden states, if asked for, are then
             those of a :class:`Line` where the language model runs on one.
         """
+        if words is not None:
+            return self._align(audio_features, audio_feature_lengths, words, spoken, num_spoken, num_items_in_batch)
         places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
         plain = labels is not None and all(place is None for place in places)
         if plain:
@@ -295,14 +303,30 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         hidden = outputs.last_hidden_state.flatten(0, 1)
         hidden = hidden if on_a_line else hidden.index_select(0, predicts)
         logits, loss = self._learn(hidden, labels.flatten().index_select(0, predicts + 1))
-        count = len(predicts) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(
-            loss=loss / max(count, 1) if isinstance(count, int) else loss / count.to(loss.device).clamp(min=1),
+            loss=_shared_out(loss, num_items_in_batch, len(predicts)),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _align(
+        self,
+        audio_features: torch.Tensor,
+        audio_feature_lengths: torch.Tensor,
+        words: torch.Tensor,
+        spoken: torch.Tensor,
+        num_spoken: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> CausalLMOutputWithPast:
+        """The loss of alignment."""
+        audio_embeds = self.model.project(audio_features, audio_feature_lengths)
+        rows = self.get_input_embeddings()(words)
+        num_tokens = self.model.num_audio_tokens(audio_feature_lengths)
+        with torch.autocast(audio_embeds.device.type, enabled=False):
+            loss = alignment_loss(audio_embeds, num_tokens, rows, spoken, num_spoken).sum()
+        return CausalLMOutputWithPast(loss=_shared_out(loss, num_items_in_batch, len(spoken)))
 
     def _learn(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Logits (L, V), where they are made, and the summed loss of hidden states (L, H) and labels (L,)."""
@@ -355,6 +379,12 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             for audio in (row_of_audio == row).nonzero().flatten().tolist()
         ]
         return {"audio_features": audio_features[order], "audio_feature_lengths": audio_feature_lengths[order]}
+
+
+def _shared_out(loss: torch.Tensor, count: int | torch.Tensor | None, otherwise: int) -> torch.Tensor:
+    """``loss`` divided by ``count``, where it is given, and never by less than 1."""
+    count = otherwise if count is None else count
+    return loss / max(count, 1) if isinstance(count, int) else loss / count.to(loss.device).clamp(min=1)
 
 
 def find_label_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -76,9 +76,10 @@ class Feed:
         uses.sort()  # utterances of equal cost go into micro-batches in this order
         costs = [self.costs[utterance] for utterance, _ in uses]
         groups = cut_step(range(len(uses)), costs, self.stage.micro_batches, self.stage.micro_batch_tokens)
+        align = step < self.stage.alignment_steps
         numbers = rank_share(groups, costs, self.ranks)
         batches = tuple(
-            collate_training(self._samples([uses[i] for i in groups[number]], epoch), self.template)
+            collate_training(self._samples([uses[i] for i in groups[number]], epoch), self.template, align)
             for number in numbers
         )
         if self.pins_memory:

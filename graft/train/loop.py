@@ -67,7 +67,7 @@ class Loop:
                 inputs, num_label_tokens, waited_s = self._read(steps, position)
                 result = self._step(inputs, num_label_tokens, position)
                 self.meter.add(result, inputs.micro_batches, waited_s)
-                if position.stage_step % self.recipe.run.log_every == 0 or position.step in (start + 1, last_step):
+                if self._is_logged(position, start, last_step):
                     with self.meter.phases(WRITE):
                         self._log(position, inputs, result, last_step)
                 with self.meter.pause():
@@ -137,9 +137,15 @@ class Loop:
         self.checkpoints.note_evaluation(position, wer)
         return True
 
+    def _is_logged(self, position: Position, start: int, last_step: int) -> bool:
+        is_due = position.stage_step % self.recipe.run.log_every == 0
+        return is_due or position.step in (start + 1, last_step) or position.stage_step == self.stage.alignment_steps
+
     def _log(self, position: Position, inputs: StepInput, result: StepResult, last_step: int) -> None:
         rate = self.stage.learning_rate * self._share_of_peak(position.stage_step - 1)
         scalars = self.meter.scalars(result, rate)
+        if position.stage_step <= self.stage.alignment_steps:
+            scalars["train/alignment_loss"] = scalars.pop("train/loss")
         self.tracker.scalars(position.step, scalars | {"train/epoch": inputs.epoch})
         LOG.info(console_line(position.step, last_step, scalars, self._clock.left(position.step)))
 

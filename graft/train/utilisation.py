@@ -97,13 +97,14 @@ class ModelFlops:
 
     def of(self, batches: Iterable[Batch]) -> float:
         """FLOP of one forward and backward over these micro-batches."""
-        return sum(
-            self.per_token * (batch.num_positions - batch.num_padding)
-            + self.per_pair * batch.num_attended_pairs
-            + self.per_label * batch.num_label_tokens
-            + self.per_audio_token * batch.num_audio_tokens
-            for batch in batches
-        )
+        return sum(map(self._of_one, batches))
+
+    def _of_one(self, batch: Batch) -> float:
+        projector = self.per_audio_token * batch.num_audio_tokens
+        if batch.words is not None:  # aligned: the language model does not run
+            return projector
+        tokens = self.per_token * (batch.num_positions - batch.num_padding)
+        return projector + tokens + self.per_pair * batch.num_attended_pairs + self.per_label * batch.num_label_tokens
 
 
 def model_flops(model: nn.Module) -> ModelFlops:

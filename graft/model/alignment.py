@@ -1,0 +1,44 @@
+"""How near the audio embeddings come to the words that are said: a loss for the projector that needs no language model.
+
+The language model reads embeddings of its own words. Which audio token belongs to which word nobody says, so all ways
+to lay the words along the audio count, as in CTC (Graves et al., 2006): each audio token is compared with the rows of
+the embedding matrix, and between two words there may be pauses. A pause is the row of a single space. Beside that, each
+audio embedding is drawn to the mixture of rows that it is most like: so it gets their size, and not their direction
+alone. Each word is told from the others of its micro-batch: the whole vocabulary would cost what the layers do.
+
+B: utterances    A: audio tokens    H: hidden size    K: words, the pause first    U: words of the longest transcript
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+SHARPNESS = 16.0  # of the softmax over cosines; left free to learn, it stays between 14 and 18
+
+
+def alignment_loss(
+    audio_embeds: torch.Tensor,
+    num_audio_tokens: torch.Tensor,
+    rows: torch.Tensor,
+    spoken: torch.Tensor,
+    num_spoken: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of each utterance, (B,) in fp32: so many nats, as a sum over its words.
+
+    Args:
+        audio_embeds: (B, A, H), of which the first ``num_audio_tokens`` (B,) of each utterance are real.
+        rows: (K, H) of the embedding matrix, the pause's first.
+        spoken: (B, U) numbers of rows, of which the first ``num_spoken`` (B,) count. More words than audio tokens can
+            hold give no loss of order, only that of size.
+    """
+    audio_embeds, rows = audio_embeds.float(), rows.float()
+    cosines = F.normalize(audio_embeds, dim=-1) @ F.normalize(rows, dim=-1).T
+    log_shares = F.log_softmax(SHARPNESS * cosines, dim=-1)  # (B, A, K)
+    order = F.ctc_loss(
+        log_shares.transpose(0, 1), spoken, num_audio_tokens, num_spoken, reduction="none", zero_infinity=True
+    )
+    mixtures = log_shares.detach().exp() @ rows
+    apart = (audio_embeds - mixtures).square().mean(-1) / rows.var()  # (B, A)
+    real = torch.arange(apart.shape[1], device=apart.device) < num_audio_tokens.unsqueeze(1)
+    return order + num_spoken * (apart * real).sum(1) / num_audio_tokens
