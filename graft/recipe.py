@@ -224,11 +224,10 @@ class Recipe(Settings):
                     f"{name}.warmup_steps ({stage.warmup_steps}) leaves nothing of {name}.max_steps "
                     f"({stage.max_steps}): lower the first or raise the second"
                 )
-            if stage.alignment_steps > (stage.max_steps if stage is self.stage1 else 0):
-                raise ValueError(
-                    f"{name}.alignment_steps is {stage.alignment_steps}: they are the first of stage 1's max_steps "
-                    f"({self.stage1.max_steps}), and stage 2 has none"
-                )
+        if self.stage2.alignment_steps:
+            raise ValueError(
+                "stage2.alignment_steps must stay 0: they are the first steps of stage 1"
+            )
         for split, views in self.data.views.items():
             if split not in self.data.manifests:
                 known = ", ".join(self.data.manifests) or "none"

@@ -10,6 +10,7 @@ from conftest import ROOT
 from graft.run_dir import step_folder
 
 RECIPE = ROOT / "recipes" / "tiny.yaml"
+ALIGNED = 2  # steps of stage 1
 CORPUS = ROOT / "examples" / "tiny" / "corpus"
 
 
@@ -21,6 +22,7 @@ def few_utterances(folder: Path, **sizes: int) -> list[str]:
         lines = [{**line, "audio_filepath": str(CORPUS / line["audio_filepath"])} for line in lines]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         words.append(f"data.manifests.{split}={folder / split}.jsonl")
+    words.append(f"stage1.alignment_steps={ALIGNED}")
     return [*words, f"data.shards={folder / 'sets'}", "data.samples_per_shard=16"]
 
 
@@ -31,7 +33,8 @@ def logged(run_dir: Path, tag: str) -> dict[int, float]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    return logged(run_dir, "train/loss")
+    """Of each step, whichever loss it had."""
+    return logged(run_dir, "train/alignment_loss") | logged(run_dir, "train/loss")
 
 
 def utterances(run_dir: Path) -> dict[int, list[str]]:

@@ -1,0 +1,160 @@
+"""Aligning audio with the words that are said: CTC against every path by hand, and the language model at rest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny_bases as tiny
+import torch
+
+from graft.data.collate import Batch, collate_training
+from graft.data.loader import FeatureSample
+from graft.data.prompt import PromptTemplate
+from graft.model.alignment import SHARPNESS, alignment_loss
+from graft.model.assemble import Assembled, assemble
+from graft.recipe import Stage, load_recipe
+from tests.test_feed import STAGE, a_set, feed
+
+TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))  # pause, and three words
+
+
+def collapsed(path: Sequence[int]) -> list[int]:
+    """What a path says: equal neighbours are one, pauses are nothing."""
+    return [word for word, before in zip(path, [0, *path], strict=False) if word and word != before]
+
+
+def by_hand(embeds: torch.Tensor, said: list[int]) -> float:
+    """-log of the probability of all paths (A,) that say it, and the distance from the mixtures; embeds (A, H)."""
+    unit = [row / row.norm() for row in ROWS]
+    shares, apart = [], 0.0
+    for embed in embeds:
+        scores = torch.stack([SHARPNESS * (embed / embed.norm() @ row) for row in unit])
+        shares.append(scores.softmax(0))
+        apart += float(((embed - shares[-1] @ ROWS) ** 2).mean() / ROWS.var()) / len(embeds)
+    total = sum(
+        math.prod(float(shares[place][word]) for place, word in enumerate(path))
+        for path in itertools.product(range(len(ROWS)), repeat=len(embeds))
+        if collapsed(path) == said
+    )
+    return (-math.log(total) if total else 0.0) + len(said) * apart
+
+
+@pytest.mark.parametrize("said", [[1], [2, 3], [2, 2], [3, 1, 3], []])
+def test_all_ways_to_say_it(said: list[int]) -> None:
+    """Beside an utterance that is longer, in every respect, and counts for itself alone."""
+    chance = torch.Generator().manual_seed(len(said))
+    embeds = torch.randn(2, 5, 6, generator=chance)
+    spoken, num_spoken = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([len(said), 4])
+    spoken[0, : len(said)], spoken[1] = torch.tensor(said, dtype=torch.int64), torch.tensor([1, 2, 1, 3])
+    loss = alignment_loss(embeds, torch.tensor([4, 5]), ROWS, spoken, num_spoken)
+    assert loss[0].item() == pytest.approx(by_hand(embeds[0, :4], said), rel=1e-4)
+    assert loss[1].item() == pytest.approx(by_hand(embeds[1], [1, 2, 1, 3]), rel=1e-4)
+
+
+def test_more_words_than_audio_tokens() -> None:
+    """Two equal words need three tokens: what cannot be gives no infinite loss."""
+    embeds = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    loss = alignment_loss(embeds, torch.tensor([2]), ROWS, torch.tensor([[2, 2]]), torch.tensor([2]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and embeds.grad.isfinite().all()
+
+
+def test_the_rows_themselves_are_best() -> None:
+    """In the words' order and of their size: turned, swapped or made larger, the loss is higher."""
+    said = {"spoken": torch.tensor([[1, 3]]), "num_spoken": torch.tensor([2])}
+
+    def loss(*rows: torch.Tensor) -> float:
+        return alignment_loss(torch.stack(rows)[None], torch.tensor([len(rows)]), ROWS, **said).item()
+
+    pause, first, _, last = ROWS
+    best = loss(first, pause, last)
+    assert best < 0.1
+    for worse in [(last, pause, first), (2 * first, pause, 2 * last), (first, pause, pause), (first, -pause, last)]:
+        assert loss(*worse) > best + 0.1
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory: pytest.TempPathFactory) -> Assembled:
+    folder = tmp_path_factory.mktemp("bases")
+    return assemble(tiny.recipe(tiny.whisper_folder(folder / "w"), tiny.qwen2_vl_folder(folder / "q")))
+
+
+@pytest.fixture(scope="module")
+def template(graft: Assembled) -> PromptTemplate:
+    return PromptTemplate.from_processor(graft.processor, "System.", "Write.")
+
+
+def aligned(graft: Assembled, template: PromptTemplate) -> Batch:
+    size = graft.config.audio_config.d_model
+    chance = torch.Generator().manual_seed(3)
+    texts, frames = ["one apple", "two one two"], [31, 44]
+    features = [torch.randn(count, size, generator=chance).bfloat16() for count in frames]
+    samples = [FeatureSample(f"u{i}", text, features[i]) for i, text in enumerate(texts)]
+    return collate_training(samples, template, align=True)
+
+
+def test_what_is_said_is_numbered(graft: Assembled, template: PromptTemplate) -> None:
+    batch = aligned(graft, template)
+    words = batch.words.tolist()
+    assert words[0] == template.pause_id and len(set(words)) == len(words)
+    for row, count, text in zip(batch.spoken, batch.num_spoken, ["one apple", "two one two"], strict=True):
+        ids = [words[number] for number in row[:count]]
+        assert ids == template.spoken_ids(text)
+        assert template.processor.tokenizer.decode(ids) == text.replace(" ", "")  # each byte is a token here
+        assert not row[count:].any()
+
+
+def test_only_the_projector_works(graft: Assembled, template: PromptTemplate) -> None:
+    """What the language model would do is never done; padding and company change no utterance's loss."""
+    model = graft.model.requires_grad_(False)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
+    batch = aligned(graft, template)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the language model runs")
+
+    hook = model.model.language_model.register_forward_pre_hook(refuse)
+    try:
+        loss = model(**batch.model_inputs(), num_items_in_batch=10, use_cache=False).loss
+        loss.backward()
+        twice = model(**batch.model_inputs(), num_items_in_batch=5, use_cache=False).loss
+    finally:
+        hook.remove()
+    assert loss.dtype == torch.float32 and twice.item() == pytest.approx(2 * loss.item())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+    projector.zero_grad(set_to_none=True)
+    projector.requires_grad_(False)
+    rows = model.get_input_embeddings()(batch.words)
+    alone = 0.0
+    for i, (frames, count) in enumerate(zip(batch.audio_features, batch.audio_feature_lengths, strict=True)):
+        embeds = model.model.project(frames[None, :count], count[None])
+        tokens = torch.tensor([embeds.shape[1]])
+        said, length = batch.spoken[i : i + 1, : batch.num_spoken[i]], batch.num_spoken[i : i + 1]
+        alone += alignment_loss(embeds, tokens, rows, said, length).item()
+    assert loss.item() * 10 == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_first_steps_align(tmp_path: Path, template: PromptTemplate) -> None:
+    stage = STAGE.model_copy(update={"alignment_steps": 2})
+    steps = feed(a_set(tmp_path / "set", [61, 40, 83, 50]), template, stage).steps(0, 4)
+    assert [all(b.words is not None for b in step.micro_batches) for step in steps] == [True, True, False, False]
+
+
+def test_stage_2_has_none() -> None:
+    with pytest.raises(ValueError, match="stage2.alignment_steps must stay 0"):
+        load_recipe(TINY, ["stage2.alignment_steps=5"])
+
+
+def test_a_tokenizer_without_a_space(template: PromptTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptTemplate, "text_ids", lambda self, text: [1, 2])
+    with pytest.raises(ValueError, match="needs a tokenizer with one token for a space; this one gives"):
+        _ = template.pause_id
+
+
+def test_a_stage_has_none_unless_asked() -> None:
+    assert Stage().alignment_steps == 0
