@@ -225,9 +225,7 @@ class Recipe(Settings):
                     f"({stage.max_steps}): lower the first or raise the second"
                 )
         if self.stage2.alignment_steps:
-            raise ValueError(
-                "stage2.alignment_steps must stay 0: they are the first steps of stage 1"
-            )
+            raise ValueError("stage2.alignment_steps must stay 0: they are the first steps of stage 1")
         for split, views in self.data.views.items():
             if split not in self.data.manifests:
                 known = ", ".join(self.data.manifests) or "none"

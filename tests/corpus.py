@@ -33,8 +33,7 @@ def logged(run_dir: Path, tag: str) -> dict[int, float]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Of each step, whichever loss it had."""
-    return logged(run_dir, "train/alignment_loss") | logged(run_dir, "train/loss")
+    return logged(run_dir, "train/loss")
 
 
 def utterances(run_dir: Path) -> dict[int, list[str]]:

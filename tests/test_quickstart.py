@@ -11,7 +11,8 @@ from conftest import ROOT, Command
 from corpus import few_utterances
 
 SHORT = [
-    "stage1.max_steps=90",
+    "stage1.max_steps=100",
+    "stage1.alignment_steps=85",
     "stage1.warmup_steps=10",
     "stage2.max_steps=15",
     "stage2.warmup_steps=5",

@@ -57,6 +57,10 @@ class Loop:
         self._clock = Clock(start, last_step)
         self.checkpoints.forget_evaluations_after(position)
         self.heartbeat.stop.gently()
+        if position.stage_step < self.stage.alignment_steps:
+            LOG.info(
+                "the first %d steps align audio with words, without the language model", self.stage.alignment_steps
+            )
         steps = self.feed.steps(position.stage_step, self.stage.max_steps)
         with contextlib.closing(steps), self.profile:
             while True:
@@ -145,7 +149,7 @@ class Loop:
         rate = self.stage.learning_rate * self._share_of_peak(position.stage_step - 1)
         scalars = self.meter.scalars(result, rate)
         if position.stage_step <= self.stage.alignment_steps:
-            scalars["train/alignment_loss"] = scalars.pop("train/loss")
+            scalars["train/alignment_loss"] = scalars["train/loss"]  # by this name one sees where it ends
         self.tracker.scalars(position.step, scalars | {"train/epoch": inputs.epoch})
         LOG.info(console_line(position.step, last_step, scalars, self._clock.left(position.step)))
 

@@ -148,10 +148,8 @@ class Clock:
 def console_line(step: int, last_step: int, scalars: dict[str, float], left: str) -> str:
     """One aligned line for people."""
     mfu = f"mfu {scalars['train/mfu']:5.1%}  " if "train/mfu" in scalars else ""
-    aligning = "train/alignment_loss" in scalars
-    loss = f"align {scalars['train/alignment_loss']:6.4f}" if aligning else f"loss {scalars['train/loss']:7.4f}"
     return (
-        f"step {step:>6}/{last_step}  {loss}  lr {scalars['train/lr']:.2e}  "
+        f"step {step:>6}/{last_step}  loss {scalars['train/loss']:7.4f}  lr {scalars['train/lr']:.2e}  "
         f"norm {scalars['train/grad_norm']:7.3f}  {scalars['train/audio_seconds_per_second']:7.0f} audio-s/s  "
         f"{scalars['train/tokens_per_second']:7.0f} tok/s  padding {scalars['train/padding']:5.1%}  "
         f"wait {scalars['train/data_wait']:5.1%}  {mfu}{left} left"
