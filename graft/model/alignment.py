@@ -4,8 +4,8 @@ The language model reads embeddings of its own words. Which audio token belongs 
 to lay the words along the audio count, as in CTC (Graves et al., 2006): each audio token is compared with the rows of
 the embedding matrix, and between two words there may be pauses. A pause is the row of a single space. Beside that, each
 audio embedding is drawn to the mixture of rows that it is most like: so it gets their size, and not their direction
-alone. Each word is told from the others of its micro-batch: the whole vocabulary would cost what the layers do. On a GPU,
-torch's CTC reads the lengths, and so waits once in a forward pass.
+alone. Each word is told from the others of its micro-batch: the whole vocabulary would cost what the layers do. On a
+GPU, torch's CTC reads the lengths, and so waits once in a forward pass.
 
 B: utterances    A: audio tokens    H: hidden size    K: words, the pause first    U: words of the longest transcript
 """
