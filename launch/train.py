@@ -85,6 +85,7 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
         resume_optimizer(engine, checkpoint, position)
     tracker = tracker_for(ranks, run_dir, resume_step=position.step + 1 if position.step else None)
     introduce(tracker, recipe, template, feed)
+    still_to_align = max(0, stage.alignment_steps - position.stage_step)
     loop = Loop(
         engine,
         feed,
@@ -95,7 +96,7 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
         stage,
         meter(engine, graft, recipe, ranks),
         heartbeat,
-        StepProfile(run_dir, ranks, engine.device) if profiled else Profile(),
+        StepProfile(run_dir, ranks, engine.device, still_to_align) if profiled else Profile(),
     )
     complete = loop.run(position)
     tracker.close()

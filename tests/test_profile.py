@@ -46,6 +46,11 @@ def test_a_trace_of_a_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert f"profile of the steps to {ALL} in {file}" in caplog.text and "aten::mm" in caplog.text
 
 
+def test_steps_of_another_kind_are_passed_over(tmp_path: Path) -> None:
+    train(StepProfile(tmp_path, Ranks(), torch.device("cpu"), passed_over=2), ALL + 3)
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == [f"rank-0.{ALL + 2}.pt.trace.json.gz"]
+
+
 def test_each_rank_has_its_file(tmp_path: Path) -> None:
     for rank in range(2):
         ranks = Ranks(rank=rank, world_size=1, local_rank=0)

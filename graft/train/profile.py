@@ -52,11 +52,15 @@ class Profile:
 
 
 class StepProfile(Profile):
-    """Writes a trace of this rank into ``run_dir`` once, a few steps after the start; rank 0 logs a table of it."""
+    """Writes a trace of this rank into ``run_dir`` once, a few steps after the start; rank 0 logs a table of it.
 
-    def __init__(self, run_dir: Path, ranks: Ranks, device: torch.device) -> None:
+    The first ``passed_over`` steps are not looked at: they are of another kind than those that follow.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, device: torch.device, passed_over: int = 0) -> None:
         self._folder, self._ranks, self._on_gpu = run_dir / "profile", ranks, device.type == "cuda"
         self._step, self._written, self._failed = 0, False, False
+        self._passed_over = self._to_pass_over = passed_over
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
             schedule=schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
@@ -72,12 +76,16 @@ class StepProfile(Profile):
         self._failed = fault is not None
         self._profile.stop()
         if not self._written and not self._failed:
-            LOG.warning("no step was profiled: that takes %d steps after the start", WAIT + WARMUP + 1)
+            needed = self._passed_over + WAIT + WARMUP + 1
+            LOG.warning("no step was profiled: that takes %d steps after the start", needed)
 
     def step(self, step: int) -> None:
         """Optimiser step number ``step`` is done. Every rank must call: they write at the same step."""
         self._step = step
-        self._profile.step()
+        if self._to_pass_over:
+            self._to_pass_over -= 1
+        else:
+            self._profile.step()
 
     def _ready(self, done: profile) -> None:
         if not self._failed:  # else other ranks may not come
