@@ -65,6 +65,11 @@ class Batch:
         assert features.is_floating_point(), f"audio_features is {features.dtype}"
         assert lengths.shape == (len(self.ids),), f"audio_feature_lengths {tuple(lengths.shape)}"
         assert (self.audio_places is None) == (self.audio_tokens is None), "audio_places and audio_tokens go together"
+        said = [self.words, self.spoken, self.num_spoken]
+        assert len({tensor is None for tensor in said}) == 1, "words, spoken and num_spoken go together"
+        if self.words is not None:
+            assert len(self.spoken) == len(self.num_spoken) == len(self.ids), f"spoken {tuple(self.spoken.shape)}"
+            assert self.spoken.max() < len(self.words), f"word {int(self.spoken.max())} of {len(self.words)}"
         self._check_values()
         if self.labels is not None:
             learnt = torch.nn.functional.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # nothing follows the last

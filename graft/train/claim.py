@@ -37,9 +37,7 @@ def settings_that_matter(recipe: Recipe, stage: int) -> dict[str, Any]:
     """
     tree = recipe.model_dump(mode="json")
     kept = {section: tree[section] for section in GRAFT_SECTIONS}
-    kept["data"] = {
-        name: tree["data"][name] for name in ("manifests", "views", "train_split", "features", "shuffle_pool")
-    }
+    kept["data"] = {name: tree["data"][name] for name in DATA_THAT_MATTERS}
     kept["run"] = {name: tree["run"][name] for name in ("seed", "precision")}
     kept[f"stage{stage}"] = {name: value for name, value in tree[f"stage{stage}"].items() if name != "max_steps"}
     return kept | ({"lora": tree["lora"]} if stage == 2 else {})
