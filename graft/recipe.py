@@ -156,6 +156,9 @@ class Stage(Settings):
     micro_batch_tokens: Positive = 8192  # padded positions per forward on one rank: this bounds the memory
     time_masks: NotNegative = 0  # spans of encoder frames set to zero in each utterance, against overfitting
     time_mask_frames: Positive = 10  # longest span; a frame is 20 ms
+    # Each pass over an utterance begins 0 to so many frames later, so that words fall into other audio tokens:
+    # projector.stack_factor - 1 shows every way there is.
+    time_shift_frames: NotNegative = 0
 
 
 class Lora(Settings):

@@ -136,6 +136,23 @@ def test_what_an_id_gets_does_not_hang_on_its_place(
     assert theirs[0, "u2"] == ours[0, "u2"] and theirs[0, "u0"] != ours[0, "u0"]
 
 
+def test_shifts_leave_budgets_and_placeholders_as_they_are(clean: ShardSource, template: PromptTemplate) -> None:
+    """Frames of zeros behind, at most three of them and not always as many; nothing else differs."""
+    plain = STAGE.model_copy(update={"time_masks": 0})
+    shifted = plain.model_copy(update={"time_shift_frames": 3})
+    zeros = masks_of([feed(clean, template, shifted).read(step) for step in range(8)])
+    shifts = []
+    for (_, name), passes in zeros.items():
+        (frames,), length = passes, NUM_FRAMES[int(name[1:])]
+        assert frames == tuple(range(length - len(frames), length)), "not the last frames"
+        shifts.append(len(frames))
+    assert set(shifts) == {0, 1, 2, 3}
+    before, after = feed(clean, template, plain).read(5), feed(clean, template, shifted).read(5)
+    for ours, theirs in zip(before.micro_batches, after.micro_batches, strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.audio_feature_lengths, theirs.audio_feature_lengths)
+
+
 def test_no_masks(clean: ShardSource, template: PromptTemplate) -> None:
     plain = STAGE.model_copy(update={"time_masks": 0})
     masks = masks_of([feed(clean, template, plain).read(0)])

@@ -7,11 +7,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
+from graft.data.augment import mask_frames, shift_frames
 from graft.data.collate import Batch, collate_training
 from graft.data.loader import FeatureSample, FeatureSource, MixedSource, Prefetcher, read_samples
-from graft.data.masking import mask_frames
 from graft.data.plan import Part, Plan, cut_step, rank_share
 from graft.data.prompt import PromptTemplate
 from graft.ranks import Ranks
@@ -89,13 +87,16 @@ class Feed:
 
     def _samples(self, uses: Sequence[tuple[int, int]], epoch: int) -> list[FeatureSample]:
         samples = read_samples(self.source, [utterance for utterance, _ in uses])
-        if not self.stage.time_masks:
-            return samples
         keys = [(self.seed, epoch, s.id, number) for s, (_, number) in zip(samples, uses, strict=True)]
-        return [replace(s, audio_features=self._masked(s, key)) for s, key in zip(samples, keys, strict=True)]
+        return [self._augmented(sample, key) for sample, key in zip(samples, keys, strict=True)]
 
-    def _masked(self, sample: FeatureSample, key: tuple[int | str, ...]) -> torch.Tensor:
-        return mask_frames(sample.audio_features, self.stage.time_masks, self.stage.time_mask_frames, key)
+    def _augmented(self, sample: FeatureSample, key: tuple[int | str, ...]) -> FeatureSample:
+        features, stage = sample.audio_features, self.stage
+        if stage.time_shift_frames:
+            features = shift_frames(features, stage.time_shift_frames, key)
+        if stage.time_masks:
+            features = mask_frames(features, stage.time_masks, stage.time_mask_frames, key)
+        return replace(sample, audio_features=features)
 
     @property
     def pins_memory(self) -> bool:

@@ -15,7 +15,7 @@ time.time_ns = lambda: int(time.time() * 1e9)
 import torch
 from test_precompute import StubEncoder, corpus, files, recipe
 
-from graft.data.masking import mask_frames
+from graft.data.augment import mask_frames, shift_frames
 from graft.data.plan import Plan, cut_step, rank_share
 from graft.ranks import Ranks
 from graft.train.claim import settings_that_matter
@@ -36,6 +36,7 @@ plan = Plan(
 steps = [[int(i) for i in plan.step(number)[1]] for number in range(17)]
 shares = [rank_share(cut_step(step, costs, 4, 40), costs, Ranks(1, 2)) for step in steps]
 masked = [mask_frames(torch.ones(31, 2), 3, 5, (5, step, 4)).tolist() for step in range(6)]
+shifted = [shift_frames(torch.ones(31, 2), 5, (5, step, 4)).tolist() for step in range(6)]
 ours = settings_that_matter(settings, 2)
 del ours["data"]["manifests"]  # another folder each time
 print(
@@ -44,6 +45,7 @@ print(
             "plan": digest(steps),
             "micro-batches": digest(shares),
             "masks": digest(masked),
+            "shifts": digest(shifted),
             "settings": digest(ours),
             "shards": {name: sha256(data).hexdigest() for name, data in files(folder / "sets" / "train").items()},
             "hash of a word": hash("word"),
