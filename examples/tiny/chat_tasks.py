@@ -12,6 +12,10 @@ the word behind the last one it has said, it needs for all that follows, and fin
 murmurs, and then murmurs inside of chats. Without the first lesson 2,400 steps led no further than 125 steps with it.
 A second course is mostly of letters: a projector learns thirty of them sooner than two hundred words.
 
+The third is of what a projector gives that was aligned by CTC: a word is a spike of a slot or two, wherever in its time
+it is surest, with pauses around it; now and then it is as much a pause, or another word. Rows are long, and of few
+different words: "nine nine three nine" can be followed by counting alone, not by looking up what was said last.
+
 Shapes: B sequences, L positions, S slots, V rows of the embedding matrix.
 """
 
@@ -41,11 +45,27 @@ INSTRUCTIONS = [
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 MARKED_SHARE = 0.6  # murmurs that stand between the vision markers, as speech will between its own
-WORD_SLOTS = (0.8, 4.0)  # mean length of a murmured word, drawn for each murmur
-PAUSE_SLOTS = (0.7, 3.0)  # mean length of a pause, likewise
-PAUSE_PROBABILITY = (0.3, 1.0)  # of a pause between two words, likewise
-LETTER_SLOTS = (0.5, 1.4)
+LETTER_SLOTS = (0.5, 1.4)  # mean length of a murmured letter, drawn for each murmur
 PLAIN_SHARE = 0.05  # sequences that are sentences and nothing else
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How words are murmured; each range is one that every murmur draws from."""
+
+    word_slots: tuple[float, float]  # mean length of a word
+    pause_slots: tuple[float, float]  # mean length of a pause
+    pause_probability: tuple[float, float]  # of a pause between two words
+    end_slots: tuple[float, float] = (1.0, 1.0)  # mean length of the pauses before and behind all of them
+    doubt: float = 0.0  # share of the words that are as much a pause or another word, or nearly
+    loudness: float = 0.0  # spread of the slots' loudness, as a standard deviation of its logarithm
+
+
+STRETCHED = Manner(word_slots=(0.8, 4.0), pause_slots=(0.7, 3.0), pause_probability=(0.3, 1.0))
+SPIKES = Manner(
+    word_slots=(0.7, 2.0), pause_slots=(0.8, 4.0), pause_probability=(0.75, 1.0), end_slots=(1.0, 6.0),
+    doubt=0.06, loudness=0.2,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,8 @@ class Lesson:
     row_shares: dict[str, float]  # of the texts; the others are sentences
     row_lengths: tuple[int, int]
     words_share: float = 0.85  # murmurs of whole words in place of letters
+    manner: Manner = STRETCHED
+    few_share: float = 0.0  # of the rows: these have two or three different words
 
 
 LESSONS = (
@@ -68,9 +90,16 @@ LESSONS = (
 SPELLING = (
     Lesson(1.0, True, True, row_shares={"digits": 0.2, "words": 0.2}, row_lengths=(2, 7), words_share=0.35),
 )  # fmt: skip
+LISTENING = tuple(
+    Lesson(
+        until, True, chats, row_shares={"digits": 0.3, "words": 0.2}, row_lengths=(2, 8),
+        words_share=0.9, manner=SPIKES, few_share=0.4,
+    )
+    for until, chats in ((0.4, False), (1.0, True))
+)  # fmt: skip
 
-Stretch = tuple[int, float]
-"""A piece of a murmur: token id, mean length in slots."""
+Stretch = tuple[dict[int, float], float]
+"""A piece of a murmur: the shares of the tokens in it, which add up to 1, and its mean length in slots."""
 
 
 @dataclass
@@ -90,6 +119,7 @@ class TaskMaker:
         self.num_rows = num_rows
         self.excluded = frozenset(excluded)
         self.pause = tokenizer.convert_tokens_to_ids(PAUSE)
+        self.words = [self.encode(f" {word}")[0] for word in vocabulary()]
 
     def draw(self, rng: Random, lesson: Lesson = LESSONS[-1]) -> Sequence:
         """A text and, as the answer, the same again: written out or murmured, by itself or in a chat.
@@ -100,11 +130,11 @@ class TaskMaker:
         if not lesson.murmurs:
             return self.answered(one_hot(self.encode(f" {text}"), self.num_rows), text)
         if not lesson.chats:
-            return self.answered(self.murmur(text, rng, lesson.words_share), text)
+            return self.answered(self.murmur(text, rng, lesson), text)
         if rng.random() < PLAIN_SHARE:
             ids = self.encode(draw_sentence(rng, self.excluded) + "<|endoftext|>")
             return self.sequence(one_hot(ids, self.num_rows), ids, 0)
-        speech = self.murmur(text, rng, lesson.words_share)
+        speech = self.murmur(text, rng, lesson)
         return self.transcription(speech, text, draw_instruction(rng), rng.random() < MARKED_SHARE)
 
     def answered(self, speech: torch.Tensor, text: str) -> Sequence:
@@ -131,21 +161,30 @@ class TaskMaker:
         labels[-num_labels:] = torch.tensor(answer)
         return Sequence(mixture, labels, torch.zeros(len(mixture), dtype=torch.bool))
 
-    def murmur(self, text: str, rng: Random, words_share: float = LESSONS[-1].words_share) -> torch.Tensor:
+    def murmur(self, text: str, rng: Random, lesson: Lesson = LESSONS[-1]) -> torch.Tensor:
         """``text`` as slots (S, V), each a mixture of words or of letters."""
-        return self.slots(self.speak(text, rng) if rng.random() < words_share else self.spell(text, rng), rng)
+        in_words = rng.random() < lesson.words_share
+        stretches = self.speak(text, rng, lesson.manner) if in_words else self.spell(text, rng)
+        return self.slots(stretches, rng, lesson.manner)
 
-    def speak(self, text: str, rng: Random) -> list[Stretch]:
+    def speak(self, text: str, rng: Random, manner: Manner = STRETCHED) -> list[Stretch]:
         """The words of ``text``, each as it is inside a sentence, with pauses between some and between equal ones."""
-        word_slots, pause_slots = rng.uniform(*WORD_SLOTS), rng.uniform(*PAUSE_SLOTS)
-        pause_probability = rng.uniform(*PAUSE_PROBABILITY)
+        word_slots, pause_slots = rng.uniform(*manner.word_slots), rng.uniform(*manner.pause_slots)
+        pause_probability = rng.uniform(*manner.pause_probability)
         stretches: list[Stretch] = []
+        previous = None
         for word in self.encode(f" {text}"):
-            is_repeated = bool(stretches) and stretches[-1][0] == word
-            if is_repeated or rng.random() < pause_probability:
-                stretches.append((self.pause, pause_slots))
-            stretches.append((word, word_slots))
+            if word == previous or rng.random() < pause_probability:
+                stretches.append(({self.pause: 1.0}, pause_slots))
+            is_doubted = manner.doubt and rng.random() < manner.doubt
+            stretches.append((self.doubted(word, rng) if is_doubted else {word: 1.0}, word_slots))
+            previous = word
         return stretches
+
+    def doubted(self, word: int, rng: Random) -> dict[int, float]:
+        """The shares of ``word`` and of a pause or another word, which may be somewhat the likelier."""
+        share, other = rng.uniform(0.4, 0.8), self.pause if rng.random() < 0.6 else rng.choice(self.words)
+        return {word: 1.0} if other == word else {word: share, other: 1 - share}
 
     def spell(self, text: str, rng: Random) -> list[Stretch]:
         """The letters of ``text``; some wrong, some missing, word gaps often missing."""
@@ -158,17 +197,23 @@ class TaskMaker:
                 letter = rng.choice("abcdefghijklmnopqrstuvwxyz")
             letters.append(PAUSE if letter == " " else letter)
         letter_slots = rng.uniform(*LETTER_SLOTS)
-        return [(letter, letter_slots) for letter in self.tokenizer.convert_tokens_to_ids(letters)]
+        return [({letter: 1.0}, letter_slots) for letter in self.tokenizer.convert_tokens_to_ids(letters)]
 
-    def slots(self, stretches: list[Stretch], rng: Random) -> torch.Tensor:
+    def slots(self, stretches: list[Stretch], rng: Random, manner: Manner = STRETCHED) -> torch.Tensor:
         """Lay ``stretches`` on a time line, each about as long as it says, and cut the line into slots (S, V)."""
-        stretches = [(self.pause, 1.0), *stretches, (self.pause, 1.0)]
+        before, behind = (({self.pause: 1.0}, draw_between(manner.end_slots, rng)) for _ in range(2))
+        stretches = [before, *stretches, behind]
         ends = np.cumsum([mean_slots * rng.lognormvariate(0, 0.4) for _, mean_slots in stretches])
         starts = np.concatenate([[0], ends[:-1]])
         edges = np.arange(int(np.ceil(ends[-1])))[:, None]
         overlap = np.clip(np.minimum(ends, edges + 1) - np.maximum(starts, edges), 0, None)
         weights = torch.tensor(overlap / overlap.sum(1, keepdims=True), dtype=torch.float32)
-        return weights @ one_hot([token for token, _ in stretches], self.num_rows)
+        shares = torch.zeros(len(stretches), self.num_rows)
+        for row, (tokens, _) in zip(shares, stretches, strict=True):
+            row[list(tokens)] = torch.tensor(list(tokens.values()))
+        if manner.loudness:
+            weights *= torch.tensor([[rng.lognormvariate(0, manner.loudness)] for _ in range(len(weights))])
+        return weights @ shares
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
@@ -189,11 +234,17 @@ def lesson_at(lessons: Iterable[Lesson], step: int, steps: int) -> Lesson:
 def draw_text(rng: Random, excluded: Collection[str], lesson: Lesson) -> str:
     """A sentence, a row of digits or a row of random words, none of them in ``excluded``."""
     chance, shares = rng.random(), lesson.row_shares
-    if chance < shares["digits"]:
-        return draw_row(DIGITS, lesson.row_lengths, rng, excluded)
-    if chance < shares["digits"] + shares["words"]:
-        return draw_row(vocabulary(), lesson.row_lengths, rng, excluded)
-    return draw_sentence(rng, excluded)
+    if chance >= shares["digits"] + shares["words"]:
+        return draw_sentence(rng, excluded)
+    words = DIGITS if chance < shares["digits"] else vocabulary()
+    if lesson.few_share and rng.random() < lesson.few_share:
+        words = rng.sample(words, rng.randint(2, 3))
+    return draw_row(words, lesson.row_lengths, rng, excluded)
+
+
+def draw_between(ends: tuple[float, float], rng: Random) -> float:
+    """A number between two, or the one that both are, without a draw."""
+    return ends[0] if ends[0] == ends[1] else rng.uniform(*ends)
 
 
 def draw_row(words: list[str], lengths: tuple[int, int], rng: Random, excluded: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
     python examples/tiny/pretrain_qwen2vl.py                       # the course of following, from random weights
     python examples/tiny/pretrain_qwen2vl.py --course spelling     # and then this one, from what the first has saved
+    python examples/tiny/pretrain_qwen2vl.py --course listening    # and then this one
 
 It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
 coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -22,11 +23,14 @@ import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from chat_tasks import (
+    IGNORED,
     INSTRUCTIONS,
     LESSONS,
+    LISTENING,
     SPELLING,
     TRANSCRIBE,
     Lesson,
+    Sequence,
     TaskMaker,
     TextBatch,
     collate,
@@ -43,6 +47,7 @@ from training_run import Losses, TrainingRun
 
 WARMUP_STEPS = 100
 BATCH_SIZE = 32
+POOL = 8  # batches that are drawn together and sorted by length: there is less padding
 NUM_TOKENIZER_SENTENCES = 10_000
 
 
@@ -54,9 +59,14 @@ class Course:
     steps: int
     peak_lr: float
     picture_every: int  # steps
+    pooled: bool = False  # batches of sequences of about one length
 
 
-COURSES = {"following": Course(LESSONS, 3_600, 2e-3, 2), "spelling": Course(SPELLING, 600, 1e-3, 1)}
+COURSES = {
+    "following": Course(LESSONS, 3_600, 2e-3, 2),
+    "spelling": Course(SPELLING, 600, 1e-3, 1),
+    "listening": Course(LISTENING, 2_600, 5e-4, 8, pooled=True),
+}
 
 
 @dataclass
@@ -69,6 +79,7 @@ class Training:
     processor: Qwen2VLImageProcessorPil
     seed: int
     course: Course
+    pools: dict[int, list[list[Sequence]]] = field(default_factory=dict)  # the newest alone, by its number
 
 
 def held_out_sentences(seed: int) -> list[str]:
@@ -106,18 +117,40 @@ def losses_of(training: Training, step: int) -> Losses:
     """The losses of one step: text, and now and then pictures too."""
     course = training.course
     rng, lesson = Random(f"{training.seed}/step/{step}"), lesson_at(course.lessons, step, course.steps)
-    batch = collate([training.tasks.draw(rng, lesson) for _ in range(BATCH_SIZE)])
-    losses = {"text": text_loss(training.model, batch, torch.Generator().manual_seed(rng.getrandbits(32)))}
+    if course.pooled:
+        batch = pooled_batch(training, step)
+    else:
+        batch = collate([training.tasks.draw(rng, lesson) for _ in range(BATCH_SIZE)])
+    noise = torch.Generator().manual_seed(rng.getrandbits(32))
+    losses = {"text": text_loss(training.model, batch, noise)}
     if step % course.picture_every == 0:
         arguments, _ = picture_batch(BATCH_SIZE // 2, rng, training.tokenizer, training.processor)
         losses["pictures"] = training.model(**arguments).loss
     return losses
 
 
+def pooled_batch(training: Training, step: int) -> TextBatch:
+    """One of ``POOL`` batches that were drawn and sorted by length together; they come in random order."""
+    number, place = divmod(step, POOL)
+    batches = training.pools.get(number)
+    if batches is None:
+        rng, course = Random(f"{training.seed}/pool/{number}"), training.course
+        lesson = lesson_at(course.lessons, step, course.steps)
+        drawn = [training.tasks.draw(rng, lesson) for _ in range(POOL * BATCH_SIZE)]
+        drawn.sort(key=lambda sequence: len(sequence.labels))
+        batches = [drawn[start : start + BATCH_SIZE] for start in range(0, len(drawn), BATCH_SIZE)]
+        rng.shuffle(batches)
+        training.pools = {number: batches}
+    return collate(batches[place])
+
+
 def text_loss(model: Qwen2VLForConditionalGeneration, batch: TextBatch, generator: torch.Generator) -> torch.Tensor:
-    """Mean cross entropy over the labels of a text batch."""
+    """Mean cross entropy over the labels of a text batch. Padding stands behind, where causal attention never looks."""
     embeds = embed(batch, model.get_input_embeddings().weight, generator)
-    return model(inputs_embeds=embeds, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    following = batch.labels[:, 1:]
+    learnt = following != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learnt]).float(), following[learnt])
 
 
 @torch.inference_mode()
