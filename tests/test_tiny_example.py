@@ -124,6 +124,27 @@ def test_a_murmur_is_the_sentence_in_slots() -> None:
         assert [each for each in order if each in words] == words
 
 
+def test_listening_is_of_doubtful_spikes_and_of_rows_of_few_words() -> None:
+    """A doubted word keeps a share that can still be heard; a row of few words has two or three different ones."""
+    from dataclasses import replace
+
+    from chat_tasks import LISTENING, TaskMaker, draw_text
+    from qwen2vl_base import load_base
+
+    _, tokenizer = load_base(Path(TINY, "qwen2_vl"))
+    tasks = TaskMaker(tokenizer, num_rows=1_200, excluded=())
+    (word,) = tasks.encode(" nine")
+    doubts = [tasks.doubted(word, Random(seed)) for seed in range(200)]
+    assert all(sum(doubt.values()) == pytest.approx(1) and doubt[word] >= 0.4 for doubt in doubts)
+    assert any(tasks.pause in doubt for doubt in doubts) and any(doubt[word] < 0.5 for doubt in doubts)
+    few = replace(LISTENING[-1], row_shares={"digits": 1.0, "words": 0.0}, row_lengths=(8, 8), few_share=1.0)
+    assert max(len(set(draw_text(Random(seed), (), few).split())) for seed in range(50)) == 3
+    plain = [draw_text(Random(seed), (), replace(few, few_share=0.0)).split() for seed in range(50)]
+    assert max(len(set(words)) for words in plain) > 5
+    heard = [tasks.murmur("nine nine three", Random(seed), LISTENING[0]) for seed in range(20)]
+    assert {round(float(slots.sum(1).std()), 6) > 0 for slots in heard} == {True}, "slots are of different loudness"
+
+
 def test_lessons_go_from_repeating_to_murmurs_to_chats() -> None:
     """Whatever the lesson, the answer alone is learnt: the text that was written out or murmured, and its end."""
     from chat_tasks import IGNORED, LESSONS, TAIL, TaskMaker, lesson_at
