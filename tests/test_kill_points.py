@@ -33,7 +33,6 @@ POINTS = {
     "loader": (9, 10),
 }
 KILL_STEPS, SAVE_EVERY = 6 * KILLS, 2
-SOAK_STEPS = round(30 * SOAK_MINUTES)
 QUICK = [
     "stage1.micro_batches=2",
     "projector.hidden_size=64",
@@ -49,11 +48,13 @@ OFTEN = [
     "evaluation.every=8",
 ]
 LONG = [
-    f"stage1.max_steps={SOAK_STEPS}",
+    "stage1.max_steps=1000000",  # on any machine it is still under way when the time is over
     "stage1.global_batch_size=24",
     "run.checkpoint_every=10",
     "evaluation.every=50",
 ]
+
+KEEP_ALL = "run.keep_checkpoints=1000000"
 
 FAULTS = ["kill a rank", "kill the launcher", "ask a rank", "ask all", "halt a rank", "damage the newest checkpoint"]
 
@@ -68,25 +69,13 @@ def words(tmp_path_factory: pytest.TempPathFactory, run_launcher: Command) -> li
     return [*settings, *QUICK]
 
 
-def undisturbed(words: list[str], folder: Path, run_launcher: Command) -> Path:
-    """The run that the disturbed one is compared with; it keeps every checkpoint."""
-    line = [TRAIN, RECIPE, "--stage", "1", *words, "run.keep_checkpoints=100000", f"run.dir={folder / 'straight'}"]
-    run_launcher(*line, timeout_s=2 * 3600)
-    return folder / "straight"
-
-
-def assert_same_end(run_dir: Path, straight: Path, words: list[str], run_launcher: Command) -> None:
-    """The same command once more, undisturbed; then everything is as it is in the straight run."""
-    run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={run_dir}", timeout_s=2 * 3600)
-    assert_same_checkpoint(run_dir, straight, checkpoint_steps(straight)[-1])
-    assert utterances(run_dir) == utterances(straight) and losses(run_dir) == losses(straight)
-
-
 def test_kill_points(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
     """Each kill leaves a checkpoint of the undisturbed run, and in the end its weights, losses and utterances."""
     words = [*words, *OFTEN]
-    straight = undisturbed(words, tmp_path, run_launcher)
-    rng, run_dir, killed = Random(1), tmp_path / "run", dict.fromkeys(POINTS, 0)
+    rng, run_dir, straight = Random(1), tmp_path / "run", tmp_path / "straight"
+    line = [TRAIN, RECIPE, "--stage", "1", *words]
+    run_launcher(*line, KEEP_ALL, f"run.dir={straight}", timeout_s=2 * 3600)
+    killed = dict.fromkeys(POINTS, 0)
     while sum(killed.values()) < KILLS:
         point = rng.choice(list(POINTS))
         rank = 0 if point == "save" else rng.randrange(2)
@@ -101,7 +90,9 @@ def test_kill_points(words: list[str], run_launcher: Command, tmp_path: Path) ->
             assert_same_checkpoint(run_dir, straight, int(found.name.removeprefix("step-")))
         print(f"{sum(killed.values())} of {KILLS}: {fault}, left with {found and found.name}", flush=True)
     print(f"killed {killed}; at step {checkpoint_steps(run_dir)[-1]} of {KILL_STEPS}")
-    assert_same_end(run_dir, straight, words, run_launcher)
+    run_launcher(*line, f"run.dir={run_dir}", timeout_s=2 * 3600)
+    assert_same_checkpoint(run_dir, straight, KILL_STEPS)
+    assert utterances(run_dir) == utterances(straight) and losses(run_dir) == losses(straight)
 
 
 def disturb(training: Training, fault: str, rng: Random) -> None:
@@ -138,23 +129,43 @@ def damage(run_dir: Path, rng: Random) -> None:
     file.write_bytes(data)
 
 
-def test_soak(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
-    """A fault every 20 to 60 seconds, and the same command again whenever the run has ended."""
+def test_soak(words: list[str], tmp_path: Path) -> None:
+    """A fault every 20 to 60 seconds, and the same command again whenever the run has ended.
+
+    What it saves when it is left alone again is what an undisturbed run saves at that step.
+    """
     words = [*words, *LONG]
-    straight = undisturbed(words, tmp_path, run_launcher)
     rng, run_dir, counts = Random(2), tmp_path / "run", {}
     training, until = Training(words, run_dir), time.monotonic() + 60 * SOAK_MINUTES
     while time.monotonic() < until:
         fault = rng.choice(FAULTS)
-        quiet_until = time.monotonic() + rng.uniform(20, 60)
-        while time.monotonic() < quiet_until:
-            if training.process.poll() is not None:
-                training.wait()
-                training = Training(words, run_dir)
-            time.sleep(0.2)
+        training = keep_going(training, words, until=time.monotonic() + rng.uniform(20, 60))
         disturb(training, fault, rng)
         counts[fault] = counts.get(fault, 0) + 1
         print(f"{fault}; checkpoints {checkpoint_steps(run_dir)[-2:]}", flush=True)
+    disturbed = checkpoint_steps(run_dir)[-1]
+    while checkpoint_steps(run_dir)[-1] <= disturbed:
+        training = keep_going(training, words, until=time.monotonic() + 1)
     training.end()
-    print(f"faults: {counts}; at step {checkpoint_steps(run_dir)[-1]} of {SOAK_STEPS}")
-    assert_same_end(run_dir, straight, words, run_launcher)
+    last = int(newest(run_dir, 1).name.removeprefix("step-"))
+    print(f"faults: {counts}; {last} steps, the same now without any", flush=True)
+
+    straight = Training([*words, KEEP_ALL], tmp_path / "straight")
+    straight.wait_for(rf"saved \S+step-{last:08}", timeout_s=2 * 3600)
+    straight.end()
+    assert_same_checkpoint(run_dir, straight.run_dir, last)
+    for logged in (utterances, losses):
+        ours, theirs = (
+            {step: of for step, of in logged(each).items() if step <= last} for each in (run_dir, straight.run_dir)
+        )
+        assert ours == theirs and len(ours) == last
+
+
+def keep_going(training: Training, words: list[str], until: float) -> Training:
+    """Start the same command again whenever it has ended, until then; the one that runs at last."""
+    while time.monotonic() < until:
+        if training.process.poll() is not None:
+            training.wait()
+            training = Training(words, training.run_dir)
+        time.sleep(0.2)
+    return training
