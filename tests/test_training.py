@@ -125,25 +125,16 @@ def test_stopped_and_resumed_on_another_number_of_ranks(
 
 
 def assert_same_to_rounding(run_dir: Path, other: Path) -> None:
-    """The utterances of every step, the losses, the first gradient, and the final weights of each layer.
+    """The utterances of every step, the losses, the first gradient, and the final weights.
 
-    The first gradient has only its sums in another order. A layer's bias counts with its weight, as the one affine map
-    they are: the bias begins at zero and is all movement, of which Adam makes full steps even where a gradient is
-    nothing but rounding. In these six steps a layer moves by some 3e-3 of its norm.
+    The first gradient has only its sums in another order. The weights are 1e-7 of their norm apart.
     """
     assert utterances(run_dir) == utterances(other)
     assert losses(run_dir) == pytest.approx(losses(other), rel=1e-4)
     assert logged(run_dir, "train/grad_norm")[1] == pytest.approx(logged(other, "train/grad_norm")[1], rel=1e-6)
-    ours, theirs = layers(run_dir), layers(other)
+    ours, theirs = weights(run_dir), weights(other)
     apart = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs}
-    assert max(apart.values()) < 1e-5, apart
-
-
-def layers(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Each layer's weight ``[out, in]`` with its bias as one column more."""
-    tensors = weights(run_dir)
-    names = sorted({name.rpartition(".")[0] for name in tensors})
-    return {name: torch.column_stack((tensors[f"{name}.weight"], tensors[f"{name}.bias"])) for name in names}
+    assert max(apart.values()) < 1e-6, apart
 
 
 @pytest.mark.faults
