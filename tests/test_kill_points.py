@@ -143,7 +143,7 @@ def test_soak(words: list[str], tmp_path: Path) -> None:
         disturb(training, fault, rng)
         counts[fault] = counts.get(fault, 0) + 1
         print(f"{fault}; checkpoints {checkpoint_steps(run_dir)[-2:]}", flush=True)
-    disturbed = checkpoint_steps(run_dir)[-1]
+    disturbed = last_in_turn(run_dir)
     while (last := last_in_turn(run_dir)) <= disturbed:
         training = keep_going(training, words, until=time.monotonic() + 1)
     training.end()

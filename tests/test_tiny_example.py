@@ -142,7 +142,7 @@ def test_listening_is_of_doubtful_spikes_and_of_rows_of_few_words() -> None:
     plain = [draw_text(Random(seed), (), replace(few, few_share=0.0)).split() for seed in range(50)]
     assert max(len(set(words)) for words in plain) > 5
     heard = [tasks.murmur("nine nine three", Random(seed), LISTENING[0]) for seed in range(20)]
-    assert {round(float(slots.sum(1).std()), 6) > 0 for slots in heard} == {True}, "slots are of different loudness"
+    assert all(slots.sum(1).std() > 0.01 for slots in heard), "slots are of different loudness"
 
 
 def test_lessons_go_from_repeating_to_murmurs_to_chats() -> None:

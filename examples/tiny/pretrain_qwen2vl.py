@@ -116,10 +116,11 @@ def make_training(seed: int, course: Course, output: Path) -> Training:
 def losses_of(training: Training, step: int) -> Losses:
     """The losses of one step: text, and now and then pictures too."""
     course = training.course
-    rng, lesson = Random(f"{training.seed}/step/{step}"), lesson_at(course.lessons, step, course.steps)
+    rng = Random(f"{training.seed}/step/{step}")
     if course.pooled:
         batch = pooled_batch(training, step)
     else:
+        lesson = lesson_at(course.lessons, step, course.steps)
         batch = collate([training.tasks.draw(rng, lesson) for _ in range(BATCH_SIZE)])
     noise = torch.Generator().manual_seed(rng.getrandbits(32))
     losses = {"text": text_loss(training.model, batch, noise)}
