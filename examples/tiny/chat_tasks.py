@@ -243,7 +243,7 @@ def draw_text(rng: Random, excluded: Collection[str], lesson: Lesson) -> str:
 
 
 def draw_between(ends: tuple[float, float], rng: Random) -> float:
-    """A number between two, or the one that both are: then without a draw, so that earlier courses stay what they were."""
+    """A number between two; without a draw where both are one, so that earlier courses stay what they were."""
     return ends[0] if ends[0] == ends[1] else rng.uniform(*ends)
 
 
