@@ -64,6 +64,16 @@ def test_more_words_than_audio_tokens() -> None:
     assert loss.isfinite().all() and embeds.grad.isfinite().all()
 
 
+def test_an_embedding_of_no_size_has_a_gradient_within_measure() -> None:
+    """It says no word more than another, and is drawn towards them no harder than one of a tenth of their size."""
+    embeds = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(5))
+    embeds[0, 2] = 0
+    embeds.requires_grad_()
+    alignment_loss(embeds, torch.tensor([4]), ROWS, torch.tensor([[1, 3]]), torch.tensor([2])).sum().backward()
+    sizes = embeds.grad[0].norm(dim=-1)
+    assert 0 < sizes[2] < 20 * sizes[[0, 1, 3]].max()
+
+
 def test_the_rows_themselves_are_best() -> None:
     """In the words' order and of their size: turned, swapped or made larger, the loss is higher."""
     said = {"spoken": torch.tensor([[1, 3]]), "num_spoken": torch.tensor([2])}

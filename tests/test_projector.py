@@ -16,6 +16,15 @@ def made(kind: str, stack_factor: int = 3, frame_size: int = 5, text_size: int =
     return projector
 
 
+def trained_a_little(projector: torch.nn.Module) -> torch.nn.Module:
+    """Away from the beginning, at which a convolution is zero."""
+    chance = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=chance))
+    return projector
+
+
 def test_stacking_by_hand() -> None:
     frames = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
     assert StackFrames(2)(frames).tolist() == [[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 0.0, 0.0]]]
@@ -31,18 +40,36 @@ def test_every_frame_is_in_exactly_one_token(num_frames: int, stack_factor: int)
     assert flat[:num_frames] == frames.flatten().tolist() and not any(flat[num_frames:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_last_frame_of_a_partial_group_counts(kind: str) -> None:
-    frames = torch.randn(1, 7, 5, requires_grad=True)  # groups of 3: the seventh stands alone
-    output = made(kind)(frames)
-    assert output.shape == (1, 3, 8)
-    output[0, 2].sum().backward()
-    assert frames.grad[0, 6].abs().sum() > 0 and frames.grad[0, :6].abs().sum() == 0
+@pytest.mark.parametrize(("kind", "num_heard"), [("linear", 1), ("mlp", 1), ("swiglu", 1), ("conv", 7)])
+def test_which_audio_tokens_a_token_hears(kind: str, num_heard: int) -> None:
+    """The last of 20 tokens: itself, and with a convolution the six before. Its group of frames is not full."""
+    frames = torch.randn(1, 58, 5, requires_grad=True)  # groups of 3: the last frame stands alone
+    output = trained_a_little(made(kind))(frames)
+    assert output.shape == (1, 20, 8)
+    output[0, 19].sum().backward()
+    heard = frames.grad[0].abs().sum(1) > 0
+    assert heard.nonzero().flatten().tolist() == list(range(57 - 3 * (num_heard - 1), 58))
+
+
+def test_a_convolution_begins_near_to_none() -> None:
+    frames = torch.randn(8, 40, 5)
+    without, apart = made("swiglu")(frames), made("conv")(frames) - made("swiglu")(frames)
+    assert 0.05 < apart.std() / without.std() < 0.2
+
+
+def test_silence_gives_no_gradient_beyond_measure() -> None:
+    """Frames of zeros between others: where all of an audio token is zero, norms would divide by next to nothing."""
+    frames = torch.randn(1, 60, 5)
+    frames[:, 24:36] = 0
+    projector = made("conv")
+    torch.nn.functional.normalize(projector(frames), dim=-1)[0, :, 0].sum().backward()
+    assert max(parameter.grad.norm() for parameter in projector.parameters()) < 1e4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_frames_behind_change_no_token_before(kind: str) -> None:
-    projector, frames = made(kind), torch.randn(2, 7, 5)
+    """So that an utterance's embeddings are the same whatever longer one stands in its micro-batch."""
+    projector, frames = trained_a_little(made(kind)), torch.randn(2, 7, 5)
     longer = torch.nn.functional.pad(frames, (0, 0, 0, 4))
     torch.testing.assert_close(projector(longer)[:, :3], projector(frames), rtol=0, atol=1e-6)
 
@@ -76,8 +103,8 @@ def test_initialise_leaves_nothing_unset(kind: str) -> None:
 
 
 def test_an_unknown_kind_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'conv'; there are linear, mlp, swiglu"):
-        build_projector("conv", 5, 3, 12, 8)
+    with pytest.raises(ValueError, match="'qformer'; there are linear, mlp, swiglu, conv"):
+        build_projector("qformer", 5, 3, 12, 8)
 
 
 def test_swiglu_needs_an_even_hidden_size() -> None:

@@ -14,6 +14,7 @@ from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.model.assemble import assemble
 from graft.model.lora import add_lora
+from graft.model.projector import KINDS
 from graft.model.trainable import select_trainable
 from graft.train.utilisation import ModelFlops, data_sheet, measure, model_flops, peak_of
 from tests.test_prompt import INSTRUCTION, SYSTEM
@@ -26,11 +27,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def flop_in_place(made: torch.Size, left: torch.Size, right: torch.Size, **_: object) -> int:
+    """Of the adapters; torch does not count it by itself."""
     return 2 * left[0] * left[1] * right[1]
 
 
+def flop_depthwise_backward(output: torch.Size, made: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Of both gradients; torch counts that of the weight as if each channel heard all others."""
+    assert weight[1] == 1 and made == output
+    return 2 * 2 * made.numel() * weight[2]
+
+
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", ["linear", "mlp", "swiglu"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_is_what_is_multiplied(kind: str, stage: int, folders: tuple[Path, Path]) -> None:
     """Nothing is padded here. Attention by two products computes the half that causal attention does not need, too."""
     recipe = tiny.recipe(*folders, projector={"kind": kind, "hidden_size": 36})
@@ -43,8 +51,8 @@ def test_the_formula_is_what_is_multiplied(kind: str, stage: int, folders: tuple
     samples = [FeatureSample(name, "abc", torch.ones(40, 24)) for name in "xy"]  # 40 frames: 10 audio tokens exactly
     batch = collate_training(samples, template)
     assert batch.num_padding == 0 and batch.num_audio_tokens == 20
-    in_place = {torch.ops.aten.addmm_: flop_in_place}  # of the adapters; torch does not count it by itself
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+    uncounted = {torch.ops.aten.addmm_: flop_in_place, torch.ops.aten.convolution_backward: flop_depthwise_backward}
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counted:
         graft.model(**batch.model_inputs(), num_items_in_batch=1, use_cache=False).loss.backward()
     flops = model_flops(graft.model)
     other_half = flops.per_pair * batch.num_attended_pairs

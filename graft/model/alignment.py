@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+LEAST_SIZE = 0.1  # of an embedding that has a direction, in rows
 SHARPNESS = 16.0  # of the softmax over cosines; left free to learn, it stays between 14 and 18
 
 
@@ -34,7 +35,7 @@ def alignment_loss(
             hold give no loss of order, only that of size.
     """
     audio_embeds, rows = audio_embeds.float(), rows.float()
-    cosines = F.normalize(audio_embeds, dim=-1) @ F.normalize(rows, dim=-1).T
+    cosines = _directions(audio_embeds, rows) @ F.normalize(rows, dim=-1).T
     log_shares = F.log_softmax(SHARPNESS * cosines, dim=-1)  # (B, A, K)
     order = F.ctc_loss(
         log_shares.transpose(0, 1), spoken, num_audio_tokens, num_spoken, reduction="none", zero_infinity=True
@@ -43,3 +44,12 @@ def alignment_loss(
     apart = (audio_embeds - mixtures).square().mean(-1) / rows.var()  # (B, A)
     real = torch.arange(apart.shape[1], device=apart.device) < num_audio_tokens.unsqueeze(1)
     return order + num_spoken * (apart * real).sum(1) / num_audio_tokens
+
+
+def _directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``audio_embeds`` (B, A, H) at size 1; those much smaller than a row stay small, so like no word more than another.
+
+    Silence of zeros can have an embedding of zeros: divided by its own size it would have a gradient beyond measure.
+    """
+    size = torch.linalg.vector_norm(audio_embeds, dim=-1, keepdim=True)
+    return audio_embeds / torch.maximum(size, LEAST_SIZE * torch.linalg.vector_norm(rows, dim=-1).mean())

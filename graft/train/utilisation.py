@@ -117,7 +117,7 @@ def model_flops(model: nn.Module) -> ModelFlops:
     # q k and p v, 2 FLOP each per channel of all heads; backward is twice that
     channels = sum(layer.self_attn.num_heads * layer.self_attn.head_dim for layer in layers)
     first = next(projector.parameters())
-    frames_need_no_gradient = 2.0 * first.numel() if first.ndim == 2 else 0.0  # nothing trained stands before it
+    frames_need_no_gradient = 2.0 * first.numel() if first.ndim > 1 else 0.0  # nothing trained stands before it
     return ModelFlops(
         per_token=_linear(layers),
         per_pair=12.0 * channels,
@@ -127,5 +127,5 @@ def model_flops(model: nn.Module) -> ModelFlops:
 
 
 def _linear(module: nn.Module) -> float:
-    weights = [weight for weight in module.parameters() if weight.ndim == 2]
+    weights = [weight for weight in module.parameters() if weight.ndim > 1]  # of products and depthwise convolutions
     return float(sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights))
