@@ -123,11 +123,7 @@ def check_alike(job: Job, ranks: Ranks) -> None:
 
 
 def load_encoder(recipe: Recipe, ranks: Ranks) -> SpeechEncoder:
-    """The recipe's encoder on this rank's device; ranks of one machine share its cores."""
-    hosts = ranks.gather(socket.gethostname())
-    neighbours = hosts.count(hosts[ranks.rank])
-    if neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
+    """The recipe's encoder on this rank's device."""
     dtype = torch.float32 if recipe.run.precision == "fp32" else torch.bfloat16
     return SpeechEncoder(recipe.bases.whisper, dtype, ranks.device(), recipe.audio.window)
 

@@ -47,7 +47,7 @@ def alignment_loss(
 
 
 def _directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``audio_embeds`` (B, A, H) at size 1; those much smaller than a row stay small, so like no word more than another.
+    """``audio_embeds`` (B, A, H) at size 1; those much smaller than a row stay so, and are like none.
 
     Silence of zeros can have an embedding of zeros: divided by its own size it would have a gradient beyond measure.
     """

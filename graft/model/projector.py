@@ -111,9 +111,9 @@ class SwigluProjector(nn.Module):
 class ConvProjector(SwigluProjector):
     """SwiGLU, and then each channel also hears the audio tokens around it: Conformer's convolution module.
 
-    Normalise, widen, gate, depthwise convolution, normalise, project: the order of arXiv 2005.08100, figure 2. Beyond an
-    utterance the convolution hears zeros, which is also what padding gives: an utterance's embeddings do not depend on
-    what stands beside it.
+    Normalise, widen, gate, depthwise convolution, normalise, project: the order of arXiv 2005.08100, figure 2. Beyond
+    an utterance the convolution hears zeros, which is also what padding gives: an utterance's embeddings do not depend
+    on what stands beside it.
     """
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):

@@ -6,12 +6,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
 from graft.ranks import AgreedValueError, start, stop
 from graft.train.guard import check_alike
 
 folder = Path(sys.argv[-1])
+torch.set_num_threads(7)
 ranks = start(start_timeout_s=120)
 seen = {
+    "threads": torch.get_num_threads(),
     "sum": ranks.sum([ranks.rank + 1, 10 * (ranks.rank + 1)]),
     "gathered": ranks.gather(f"rank {ranks.rank}"),
     "differing": ranks.differing(f"version {ranks.rank}"),
