@@ -84,7 +84,7 @@ class Audio(Settings):
 class Projector(Settings):
     """The trained bridge from encoder frames to the language model's embeddings."""
 
-    kind: Literal["linear", "mlp", "swiglu", "conv"] = "mlp"
+    kind: Literal["linear", "mlp", "swiglu", "conv"] = "mlp"  # graft/model/projector.py; conv hears a second of frames
     stack_factor: Positive = 4  # frames per audio token: 50 / 4 = 12.5 tokens a second, as NeMo's SALM
     hidden_size: Positive | None = None  # None: the language model's hidden size
 
