@@ -156,7 +156,12 @@ def share_cores(ranks: Ranks) -> None:
     """
     hosts = ranks.gather(socket.gethostname())
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // hosts.count(hosts[ranks.rank])))
+        torch.set_num_threads(fair_share(torch.get_num_threads(), hosts, ranks.rank))
+
+
+def fair_share(cores: int, hosts: Sequence[str], rank: int) -> int:
+    """How many of a machine's ``cores`` a rank gets, at least one; ``hosts`` names the machine of every rank."""
+    return max(1, cores // hosts.count(hosts[rank]))
 
 
 def _meet(ranks: Ranks, patience: timedelta) -> dist.Store:

@@ -17,7 +17,7 @@ def made(kind: str, stack_factor: int = 3, frame_size: int = 5, text_size: int =
 
 
 def trained_a_little(projector: torch.nn.Module) -> torch.nn.Module:
-    """Away from the beginning, at which a convolution is zero."""
+    """Away from the beginning, at which a convolution is next to nothing."""
     chance = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in projector.parameters():

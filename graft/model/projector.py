@@ -83,7 +83,7 @@ class SwigluProjector(nn.Module):
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
         super().__init__()
         if hidden_size % 2:
-            raise ValueError(f"projector.hidden_size is {hidden_size}: swiglu halves it, so it must be even")
+            raise ValueError(f"projector.hidden_size is {hidden_size}: its gate takes one half, so it must be even")
         self.stack = StackFrames(stack_factor)
         self.norm_in = nn.RMSNorm(stack_factor * frame_size, eps=1e-6)
         self.linear_1 = nn.Linear(stack_factor * frame_size, hidden_size, bias=False)

@@ -1,6 +1,7 @@
 """What two ranks see of each other; started by tests/test_ranks.py under the launcher."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,10 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from graft.ranks import AgreedValueError, start, stop
+from graft.ranks import AgreedValueError, share_cores, start, stop
 from graft.train.guard import check_alike
 
 folder = Path(sys.argv[-1])
+os.environ.pop("OMP_NUM_THREADS", None)
 torch.set_num_threads(7)
 ranks = start(start_timeout_s=120)
 seen = {
@@ -20,6 +22,10 @@ seen = {
     "gathered": ranks.gather(f"rank {ranks.rank}"),
     "differing": ranks.differing(f"version {ranks.rank}"),
 }
+os.environ["OMP_NUM_THREADS"] = "7"
+torch.set_num_threads(7)
+share_cores(ranks)
+seen["threads_as_set"] = torch.get_num_threads()
 try:
     ranks.agree(ValueError("bad audio") if ranks.rank == 1 else None)
 except AgreedValueError as error:
