@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,10 +53,28 @@ def test_which_audio_tokens_a_token_hears(kind: str, num_heard: int) -> None:
     assert heard.nonzero().flatten().tolist() == list(range(57 - 3 * (num_heard - 1), 58))
 
 
+@torch.no_grad()
 def test_a_convolution_begins_near_to_none() -> None:
-    frames = torch.randn(8, 40, 5)
-    without, apart = made("swiglu")(frames), made("conv")(frames) - made("swiglu")(frames)
-    assert 0.05 < apart.std() / without.std() < 0.2
+    projector, frames = made("conv"), torch.randn(8, 40, 5)
+    whole = projector(frames)
+    projector.conv.weight.zero_()
+    without = projector(frames)
+    assert 0.05 < (whole - without).std() / without.std() < 0.2
+
+
+@torch.no_grad()
+def test_a_convolving_projector_by_hand() -> None:
+    """Two tokens of two frames of one number, one channel: RMSNorm of one number is its sign."""
+    projector = build_projector("conv", frame_size=1, stack_factor=2, hidden_size=2, text_size=1)
+    projector.linear_1.weight.copy_(torch.tensor([[2.0], [3.0]]))  # value and gate
+    projector.conv.weight.zero_()
+    projector.conv.weight[0, 0, 5, 0] = 10.0  # hears the token before
+    projector.linear_2.weight.fill_(7.0)
+    projector.norm_mid = torch.nn.Identity()  # of one channel it would leave the sign alone
+    up, down = 2 * 3 / (1 + math.exp(-3)), -2 * -3 / (1 + math.exp(3))  # SwiGLU of 1 and of -1
+    expected = [7 * (up + down) / 2, 7 * (up + 10 * (up + down) / 2)]
+    frames = torch.tensor([[[5.0], [-5.0], [4.0], [9.0]]])
+    assert projector(frames).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_silence_gives_no_gradient_beyond_measure() -> None:

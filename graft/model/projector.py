@@ -34,7 +34,17 @@ class StackFrames(nn.Module):
         return frames.reshape(batch, num_tokens, self.stack_factor * frame_size)
 
 
-class LinearProjector(nn.Module):
+class Projector(nn.Module):
+    """What every kind has. Its first parameter is the first layer's that has any."""
+
+    first_layer_runs = 1  # for an audio token
+
+    def initialise(self, output_std: float, generator: torch.Generator) -> None:
+        """Fill all parameters, so that outputs spread like ``output_std``."""
+        raise NotImplementedError
+
+
+class LinearProjector(Projector):
     """One linear map of the joined frames."""
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
@@ -52,7 +62,7 @@ class LinearProjector(nn.Module):
         _normal(self.linear, output_std / math.sqrt(_INPUT_MEAN_SQUARE), generator)
 
 
-class MlpProjector(nn.Module):
+class MlpProjector(Projector):
     """Linear, GELU, linear: as SLAM-ASR (arXiv 2402.08846) and LLaVA 1.5 have it."""
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
@@ -73,7 +83,7 @@ class MlpProjector(nn.Module):
         _normal(self.linear_2, output_std / math.sqrt(_GELU_MEAN_SQUARE), generator)
 
 
-class SwigluProjector(nn.Module):
+class SwigluProjector(Projector):
     """RMSNorm, linear, SwiGLU, RMSNorm, linear: Ultravox's projector with its norm in the middle (its v0.5 and later).
 
     https://github.com/fixie-ai/ultravox, ``ultravox/model/ultravox_model.py: UltravoxProjector``. As there,
@@ -82,8 +92,7 @@ class SwigluProjector(nn.Module):
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
         super().__init__()
-        if hidden_size % 2:
-            raise ValueError(f"projector.hidden_size is {hidden_size}: its gate takes one half, so it must be even")
+        _check_even(hidden_size)
         self.stack = StackFrames(stack_factor)
         self.norm_in = nn.RMSNorm(stack_factor * frame_size, eps=1e-6)
         self.linear_1 = nn.Linear(stack_factor * frame_size, hidden_size, bias=False)
@@ -92,12 +101,7 @@ class SwigluProjector(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, F, D) -> (B, A, H)."""
-        return self.linear_2(self.norm_mid(self.gated(frames)))
-
-    def gated(self, frames: torch.Tensor) -> torch.Tensor:
-        """(B, F, D) -> (B, A, hidden_size / 2). Zero frames give zeros: no layer before here has a bias."""
-        value, gate = self.linear_1(self.norm_in(self.stack(frames))).chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return self.linear_2(self.norm_mid(_gated(self.linear_1(self.norm_in(self.stack(frames))))))
 
     @torch.no_grad()
     def initialise(self, output_std: float, generator: torch.Generator) -> None:
@@ -108,45 +112,60 @@ class SwigluProjector(nn.Module):
         _normal(self.linear_2, output_std, generator)
 
 
-class ConvProjector(SwigluProjector):
-    """SwiGLU, and then each channel also hears the audio tokens around it: Conformer's convolution module.
+class ConvProjector(Projector):
+    """Each frame is widened and gated, an audio token is the mean of its frames, and hears the tokens around it.
 
-    Normalise, widen, gate, depthwise convolution, normalise, project: the order of arXiv 2005.08100, figure 2. Beyond
-    an utterance the convolution hears zeros, which is also what padding gives: an utterance's embeddings do not depend
-    on what stands beside it.
+    Normalise, widen, gate, depthwise convolution, normalise, project: the order of Conformer's convolution module
+    (arXiv 2005.08100, figure 2). What a sound is does not depend on its place in an audio token: one matrix for each of
+    the k frames sees k times as many examples as one for all of them, stacked. Neither norm has weights: the linear
+    layer behind it has. Beyond an utterance the convolution hears zeros, which is also what padding gives: an
+    utterance's embeddings do not depend on what stands beside it.
     """
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
-        super().__init__(stack_factor, frame_size, hidden_size, text_size)
+        super().__init__()
+        _check_even(hidden_size)
         channels = hidden_size // 2
+        self.stack, self.first_layer_runs = StackFrames(stack_factor), stack_factor
+        self.norm_in = nn.RMSNorm(frame_size, eps=1e-6, elementwise_affine=False)
+        self.linear_1 = nn.Linear(frame_size, hidden_size, bias=False)
         # Of two dimensions: in channels-last layout, which is how the audio tokens lie, it is 8 times as fast on a CPU
         # as the one of one dimension.
         self.conv = nn.Conv2d(
             channels, channels, (_KERNEL_TOKENS, 1), padding=(_KERNEL_TOKENS // 2, 0), groups=channels, bias=False
         )
+        self.norm_mid = nn.RMSNorm(channels, eps=1e-6, elementwise_affine=False)
+        self.linear_2 = nn.Linear(channels, text_size, bias=False)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, F, D) -> (B, A, H)."""
-        hidden = self.gated(frames)
+        groups = self.stack(frames).unflatten(-1, (self.stack.stack_factor, -1))  # (B, A, k, D)
+        hidden = _gated(self.linear_1(self.norm_in(groups))).mean(2)
         around = self.conv(hidden.mT.unsqueeze(-1)).squeeze(-1).mT
         return self.linear_2(self.norm_mid(hidden + around))
 
     @torch.no_grad()
     def initialise(self, output_std: float, generator: torch.Generator) -> None:
-        """As a ``SwigluProjector``, with a tenth of what is around.
+        """Random weights, outputs that spread like ``output_std``, and a tenth of what is around.
 
-        Not with nothing: a silent audio token would have no size, and dividing by that gives gradients beyond measure.
+        Not nothing of it: a silent audio token would have no size, and dividing by that gives gradients beyond measure.
         """
-        super().initialise(output_std, generator)
+        _normal(self.linear_1, 1.0, generator)
+        _normal(self.linear_2, output_std, generator)
         _fill_normal(self.conv.weight, 0.1 / math.sqrt(_KERNEL_TOKENS), generator)
 
 
-_CLASSES = {"linear": LinearProjector, "mlp": MlpProjector, "swiglu": SwigluProjector, "conv": ConvProjector}
+_CLASSES: dict[str, type[Projector]] = {
+    "linear": LinearProjector,
+    "mlp": MlpProjector,
+    "swiglu": SwigluProjector,
+    "conv": ConvProjector,
+}
 
 
 def build_projector(
     kind: str, frame_size: int, stack_factor: int, hidden_size: int | None, text_size: int
-) -> LinearProjector | MlpProjector | SwigluProjector:
+) -> Projector:
     """A projector (B, F, ``frame_size``) -> (B, ceil(F / ``stack_factor``), ``text_size``).
 
     ``hidden_size`` None means ``text_size``; ``linear`` has no hidden layer and ignores it.
@@ -157,6 +176,17 @@ def build_projector(
     if kind not in _CLASSES:
         raise ValueError(f"projector.kind is '{kind}'; there are {', '.join(KINDS)}")
     return _CLASSES[kind](stack_factor, frame_size, hidden_size or text_size, text_size)
+
+
+def _check_even(hidden_size: int) -> None:
+    if hidden_size % 2:
+        raise ValueError(f"projector.hidden_size is {hidden_size}: its gate takes one half, so it must be even")
+
+
+def _gated(hidden: torch.Tensor) -> torch.Tensor:
+    """SwiGLU: (..., 2 C), value and gate, -> (..., C)."""
+    value, gate = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def _normal(linear: nn.Linear, gain: float, generator: torch.Generator) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graft.data.collate import Batch
+from graft.model.projector import Projector
 
 # Dense bf16 with fp32 accumulation by NVIDIA's data sheets, FLOP/s (where they give the figure for sparse matrices,
 # half of it), by words of the device's name. What stands first is found first.
@@ -113,17 +114,24 @@ def model_flops(model: nn.Module) -> ModelFlops:
     Counted are the products of the language model with its adapters, of causal attention, of the logits at label
     positions and of the projector. The encoder is not part of a step.
     """
-    layers, projector = model.model.language_model.layers, model.model.multi_modal_projector
+    layers = model.model.language_model.layers
     # q k and p v, 2 FLOP each per channel of all heads; backward is twice that
     channels = sum(layer.self_attn.num_heads * layer.self_attn.head_dim for layer in layers)
-    first = next(projector.parameters())
-    frames_need_no_gradient = 2.0 * first.numel() if first.ndim > 1 else 0.0  # nothing trained stands before it
     return ModelFlops(
         per_token=_linear(layers),
         per_pair=12.0 * channels,
         per_label=_linear(model.lm_head),
-        per_audio_token=_linear(projector) - frames_need_no_gradient,
+        per_audio_token=_projector(model.model.multi_modal_projector),
     )
+
+
+def _projector(projector: Projector) -> float:
+    """FLOP for an audio token. Frames need no gradient: only behind something trained the first product makes one."""
+    first = next(projector.parameters())
+    if first.ndim == 1:
+        return _linear(projector)
+    runs = projector.first_layer_runs
+    return _linear(projector) + first.numel() * ((runs - 1) * (6.0 if first.requires_grad else 4.0) - 2.0 * runs)
 
 
 def _linear(module: nn.Module) -> float:
