@@ -70,9 +70,10 @@ def test_a_convolving_projector_by_hand() -> None:
     projector.conv.weight.zero_()
     projector.conv.weight[0, 0, 5, 0] = 10.0  # hears the token before
     projector.linear_2.weight.fill_(7.0)
+    projector.linear_2.bias.fill_(0.5)
     projector.norm_mid = torch.nn.Identity()  # of one channel it would leave the sign alone
     up, down = 2 * 3 / (1 + math.exp(-3)), -2 * -3 / (1 + math.exp(3))  # SwiGLU of 1 and of -1
-    expected = [7 * (up + down) / 2, 7 * (up + 10 * (up + down) / 2)]
+    expected = [0.5 + 7 * (up + down) / 2, 0.5 + 7 * (up + 10 * (up + down) / 2)]
     frames = torch.tensor([[[5.0], [-5.0], [4.0], [9.0]]])
     assert projector(frames).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 

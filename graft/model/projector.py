@@ -17,6 +17,7 @@ from graft import lengths
 KINDS = ("linear", "mlp", "swiglu", "conv")
 _INPUT_MEAN_SQUARE = 1.0  # of a frame: what a Whisper encoder's last layer norm gives, to within a few times
 _GELU_MEAN_SQUARE = 0.4252  # of GELU(x) for x ~ N(0, 1), by numerical integration
+_SILENT_MEAN_SQUARE = 0.01  # after the gate: what is smaller is not made as large as speech
 _KERNEL_TOKENS = 13  # 1 s at 50 frames a second, stacked by 4
 
 
@@ -134,8 +135,8 @@ class ConvProjector(Projector):
         self.conv = nn.Conv2d(
             channels, channels, (_KERNEL_TOKENS, 1), padding=(_KERNEL_TOKENS // 2, 0), groups=channels, bias=False
         )
-        self.norm_mid = nn.RMSNorm(channels, eps=1e-6, elementwise_affine=False)
-        self.linear_2 = nn.Linear(channels, text_size, bias=False)
+        self.norm_mid = nn.RMSNorm(channels, eps=_SILENT_MEAN_SQUARE, elementwise_affine=False)
+        self.linear_2 = nn.Linear(channels, text_size)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, F, D) -> (B, A, H)."""
