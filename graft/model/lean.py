@@ -2,8 +2,8 @@
 
 *Kept for the backward pass.* Of a decoder layer's tensors it needs the inputs of both norms, q, k, v, the attention's
 output, gate and up. Stock Qwen2-VL also keeps SiLU(gate) and fp32 copies of the norms' inputs, half as much again. Here
-cheap elementwise results are made again instead; no matrix product is computed twice, unlike with gradient
-checkpointing.
+gradients are written out by hand: cheap elementwise results are made again, and those of norms and rotations take half
+the passes over memory. No matrix product is computed twice, unlike with gradient checkpointing.
 
 *Computed.* Attention is causal: where all rows of a batch begin with the same prompt, the positions of that prompt are
 the same in each, and are computed once. What follows the last layer's attention is needed only where a label is.
@@ -14,7 +14,6 @@ N: positions that are computed, S + B * (T - S)    L: label positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2MLP,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
     Qwen2VLRMSNorm,
-    apply_rotary_pos_emb,
 )
 
 
@@ -84,7 +81,8 @@ class LeanAttention(Qwen2VLAttention):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        cos, sin = (angles.unsqueeze(2) for angles in position_embeddings)
+        q, k = _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)
         q, k, v = (line.part(heads).transpose(1, 2) for heads in (q, k, v))
         dropout = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
@@ -105,13 +103,13 @@ class LeanDecoderLayer(Qwen2VLDecoderLayer):
 
 
 class LeanRMSNorm(Qwen2VLRMSNorm):
-    """Keeps its input as it came."""
+    """Keeps its input as it came, and one number of each position."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        if hidden_states.dtype == torch.float32:  # stock keeps no copy then
+        if self.weight.requires_grad:
             return super().forward(hidden_states)
-        return _made_again(super().forward, hidden_states)
+        return _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 class LeanMLP(Qwen2MLP):
@@ -120,6 +118,50 @@ class LeanMLP(Qwen2MLP):
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
         return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class _Normed(torch.autograd.Function):
+    """RMSNorm with a frozen weight: bit by bit what ``Qwen2VLRMSNorm`` gives."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        return (wide * scale).to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        grad, normed = (grad * weight).to(scale.dtype), hidden * scale  # of bf16 and fp32 the product is fp32
+        along = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), None, None
+
+
+class _Turned(torch.autograd.Function):
+    """Rotary embedding; its gradient is turned back, and nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(heads, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., head_dim), its first half and its second as pairs, by angles of which both halves have the same."""
+    turned = heads * cos
+    (first, second), (sin, _) = heads.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    to_first, to_second = turned.chunk(2, dim=-1)
+    to_first.addcmul_(second, sin, value=-1)
+    to_second.addcmul_(first, sin)
+    return turned
 
 
 class _Gated(torch.autograd.Function):
@@ -159,9 +201,3 @@ def runs_on_a_line(language_model: nn.Module) -> bool:
 
 def _is_last(attention: Qwen2VLAttention) -> bool:
     return attention.layer_idx == attention.config.num_hidden_layers - 1
-
-
-def _made_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
