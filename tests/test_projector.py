@@ -78,6 +78,14 @@ def test_a_convolving_projector_by_hand() -> None:
     assert projector(frames).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@torch.no_grad()
+def test_silence_has_a_size() -> None:
+    """A tenth of what is heard, before anything is learnt."""
+    projector = build_projector("conv", frame_size=64, stack_factor=4, hidden_size=None, text_size=96)
+    projector.initialise(0.02, torch.Generator().manual_seed(3))
+    assert 0.5 * 0.002 < projector(torch.zeros(1, 80, 64)).std().item() < 2 * 0.002
+
+
 def test_silence_gives_no_gradient_beyond_measure() -> None:
     """Frames of zeros between others: where all of an audio token is zero, norms would divide by next to nothing."""
     frames = torch.randn(1, 60, 5)

@@ -147,12 +147,14 @@ class ConvProjector(Projector):
 
     @torch.no_grad()
     def initialise(self, output_std: float, generator: torch.Generator) -> None:
-        """Random weights, outputs that spread like ``output_std``, and a tenth of what is around.
+        """Random weights, outputs that spread like ``output_std``; a tenth of what is around, and of the bias.
 
-        Not nothing of it: a silent audio token would have no size, and dividing by that gives gradients beyond measure.
+        Not nothing of them: silence would have an embedding of no size, and dividing by that gives gradients beyond
+        measure.
         """
         _normal(self.linear_1, 1.0, generator)
         _normal(self.linear_2, output_std, generator)
+        _fill_normal(self.linear_2.bias, 0.1 * output_std, generator)
         _fill_normal(self.conv.weight, 0.1 / math.sqrt(_KERNEL_TOKENS), generator)
 
 
