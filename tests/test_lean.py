@@ -1,4 +1,4 @@
-"""Less kept and less computed: same loss to the bit, same gradients to a rounding."""
+"""Less kept and less computed, and the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -48,13 +48,12 @@ def step(model: AudioGraftForConditionalGeneration, precision: str) -> tuple[lis
     return [loss, *(p.grad for p in model.parameters() if p.grad is not None)], size
 
 
-@pytest.mark.parametrize(("precision", "item", "rounding"), [("fp32", 4, 1e-5), ("bf16", 2, 2e-2)])
-def test_same_loss_and_gradients_and_less_kept(tmp_path: Path, precision: str, item: int, rounding: float) -> None:
+@pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("bf16", 2)])
+def test_same_bits_and_less_kept(tmp_path: Path, precision: str, item: int) -> None:
     stock, much = step(trained(tmp_path / "stock", precision, lean=False), precision)
     lean, little = step(trained(tmp_path / "lean", precision, lean=True), precision)
     assert len(stock) == len(lean) == 1 + 2 * 7 * tiny.TEXT["num_hidden_layers"]  # the loss; A and B of seven linears
-    assert torch.equal(lean[0], stock[0])
-    assert all((mine - theirs).norm() <= rounding * theirs.norm() for mine, theirs in zip(lean, stock, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(lean, stock, strict=True))
     assert any(gradient.abs().max() > 0 for gradient in lean[1:])
     silu_of_gate = B * T * tiny.TEXT["intermediate_size"] * item * tiny.TEXT["num_hidden_layers"]
     assert much - little >= silu_of_gate

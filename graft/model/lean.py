@@ -107,7 +107,7 @@ class LeanRMSNorm(Qwen2VLRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        if self.weight.requires_grad:
+        if self.weight.requires_grad or hidden_states.dtype == torch.float32:  # in fp32 stock keeps no copy
             return super().forward(hidden_states)
         return _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
 
@@ -121,7 +121,7 @@ class LeanMLP(Qwen2MLP):
 
 
 class _Normed(torch.autograd.Function):
-    """RMSNorm with a frozen weight: bit by bit what ``Qwen2VLRMSNorm`` gives."""
+    """RMSNorm with a frozen weight: bit by bit what ``Qwen2VLRMSNorm`` gives, gradient and all."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -134,9 +134,11 @@ class _Normed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         hidden, weight, scale = ctx.saved_tensors
-        grad, normed = (grad * weight).to(scale.dtype), hidden * scale  # of bf16 and fp32 the product is fp32
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), None, None
+        wide, grad = hidden.to(scale.dtype), (grad * weight).to(scale.dtype)
+        # As autograd goes back through the stock norm, operation by operation, so that the bits are its own
+        of_scale = (grad * wide).sum(-1, keepdim=True)
+        of_mean = -0.5 * of_scale * scale.pow(3) / hidden.shape[-1]
+        return grad.mul_(scale).add_(wide * (2 * of_mean)).to(hidden.dtype), None, None
 
 
 class _Turned(torch.autograd.Function):

@@ -7,6 +7,7 @@ H: hidden size of the language model
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -35,14 +36,14 @@ class StackFrames(nn.Module):
         return frames.reshape(batch, num_tokens, self.stack_factor * frame_size)
 
 
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """What every kind has. Its first parameter is the first layer's that has any."""
 
     first_layer_runs = 1  # for an audio token
 
+    @abstractmethod
     def initialise(self, output_std: float, generator: torch.Generator) -> None:
         """Fill all parameters, so that outputs spread like ``output_std``."""
-        raise NotImplementedError
 
 
 class LinearProjector(Projector):
