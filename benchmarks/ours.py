@@ -19,19 +19,19 @@ from graft.data.collate import Batch
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.trainable import select_trainable
 from graft.ranks import Ranks
-from graft.recipe import Stage
+from graft.recipe import Precision, Stage
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.step import train_step
 
 ENGINES = {True: "DeepSpeed ZeRO-2", False: "a plain loop, without DeepSpeed"}
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class PlainEngine:
     """The engine's part of a step on one device, by torch alone: AdamW, clipping, skipped where not finite."""
 
-    def __init__(self, model: nn.Module, rate: float, settings: Stage) -> None:
-        self.model, self.settings, self.ranks = model, settings, Ranks()
+    def __init__(self, model: nn.Module, rate: float, settings: Stage, precision: Precision) -> None:
+        self.model, self.settings, self.ranks, self.precision = model, settings, Ranks(), precision
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.device, self._peak = self.trained[0].device, rate
         self.adam = torch.optim.AdamW(
@@ -40,7 +40,8 @@ class PlainEngine:
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward pass."""
-        return self.model(**inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(**inputs)
 
     @contextlib.contextmanager
     def one_reduction(self) -> Iterator[None]:
@@ -83,10 +84,10 @@ class Ours:
         trained, settings = select_trainable(model, stage), Stage()
         self.projector = model.model.multi_modal_projector
         if plain:
-            self.engine: Any = PlainEngine(model, mini.RATE, settings)
+            self.engine: Any = PlainEngine(model, mini.RATE, settings, self.precision)
             return
         ranks = start_process_group(timeout_s=600, start_timeout_s=60)
-        config = resolve_ds_config(harness.ROOT / "ds_configs" / "zero2.json", settings)
+        config = resolve_ds_config(harness.ROOT / "ds_configs" / "zero2.json", settings, self.precision)
         self.engine = Engine(model, dict.fromkeys(trained, mini.RATE), settings, config, ranks)
 
     def step(self) -> None:
@@ -95,7 +96,7 @@ class Ours:
 
     def step_on(self, batches: Sequence[Batch], num_labels: int) -> None:
         """One optimiser step over other micro-batches."""
-        train_step(self.engine, batches, range(len(batches)), num_labels, 1.0, self.precision)
+        train_step(self.engine, batches, range(len(batches)), num_labels, 1.0)
 
     def loss(self, batch: Batch) -> Tensor:
         """A micro-batch's share of the step's loss."""

@@ -110,13 +110,13 @@ def main(path: Path) -> None:
     model, settings = mini.graft(4, torch.float32), Stage()
     add_lora(model, Lora(r=R))
     trained = select_trainable(model, 2)
-    config = resolve_ds_config(harness.ROOT / "ds_configs" / "zero2.json", settings)
+    config = resolve_ds_config(harness.ROOT / "ds_configs" / "zero2.json", settings, "fp32")
     engine = Engine(model, dict.fromkeys(trained, 1e-6), settings, config, ranks)
     batch, seen = mini.batch([0], [20], stack_factor=4), {}
     for accumulation in ACCUMULATIONS:
         for _ in range(2):  # the first step makes buffers
             calls.clear()
-            train_step(engine, [batch] * accumulation, range(accumulation), 60 * accumulation, 1.0, "fp32")
+            train_step(engine, [batch] * accumulation, range(accumulation), 60 * accumulation, 1.0)
         seen[accumulation] = dict(calls)
     if ranks.is_first:
         trained_bytes = sum(p.numel() * p.element_size() for p in trained.values())

@@ -31,6 +31,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Passes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Precision = Literal["bf16", "fp32"]
 
 
 def _as_mixture(value: Any) -> Any:
@@ -188,7 +189,7 @@ class Run(Settings):
 
     dir: str = "runs/default"
     seed: NotNegative = 1
-    precision: Literal["bf16", "fp32"] = "bf16"  # of frozen weights and of the forward pass; trained weights are fp32
+    precision: Precision = "bf16"  # of frozen weights and of the forward pass; trained weights are fp32
     ds_config: str | None = None  # None: ds_configs/zero2.json
     ranks: Positive | None = None  # refuse to start on any other number; None: any
     log_every: Positive = 10  # steps

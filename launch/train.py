@@ -63,7 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
 def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heartbeat, profiled: bool = False) -> int:
     """From a recipe to a trained stage."""
     run_dir, stage, ranks = Path(recipe.run.dir), recipe.stage(number), heartbeat.ranks
-    ds_config = resolve_ds_config(recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json", stage)
+    ds_path = recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json"
+    ds_config = resolve_ds_config(ds_path, stage, recipe.run.precision)
     position, checkpoint, resumed = begin(recipe, number, start_from, ds_config, ranks)
     graft, rates = build(recipe, number, checkpoint, ranks)
     sources = Sources(recipe, ranks, ranks.device())

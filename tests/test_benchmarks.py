@@ -259,7 +259,7 @@ def test_a_shared_copy_trains_apart_and_holds_the_frozen_weights_once() -> None:
 
 def test_the_plain_engine_steps_as_adamw_does_and_skips_what_is_not_finite() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
-    engine = ours.PlainEngine(layer, rate=0.1, settings=Stage(max_grad_norm=1.0))
+    engine = ours.PlainEngine(layer, rate=0.1, settings=Stage(max_grad_norm=1.0), precision="fp32")
     before = layer.weight.detach().clone()
     engine.backward(layer(torch.tensor([[3.0, 4.0]])).sum())
     norm, applied = engine.step(0.5)

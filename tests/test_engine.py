@@ -63,12 +63,17 @@ def test_moments_come_back_whole(seen: dict) -> None:
     assert seen["resumed_equal"] and seen["moments_nonzero"]
 
 
+def test_bf16_reaches_the_forward_pass(seen: dict) -> None:
+    """On a GPU too, where DeepSpeed turns off an autocast around the engine; gradients stay fp32 in every way."""
+    assert seen["precisions"] == {"fp32": ["float32", "float32"], "bf16": ["bfloat16", "float32"]}
+
+
 @pytest.mark.parametrize("key", OWNED_BY_THE_RECIPE)
 def test_a_number_has_one_owner(key: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({key: 1, "zero_optimization": {"stage": 2}}))
     with pytest.raises(ValueError, match=f"sets '{key}' .*one owner, the recipe"):
-        resolve_ds_config(path, Stage())
+        resolve_ds_config(path, Stage(), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -79,14 +84,14 @@ def test_odd_files(text: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=told):
-        resolve_ds_config(path, Stage())
+        resolve_ds_config(path, Stage(), "fp32")
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
-        resolve_ds_config(tmp_path / "none.json", Stage())
+        resolve_ds_config(tmp_path / "none.json", Stage(), "fp32")
 
 
 def test_clipping_is_the_recipes() -> None:
-    config = resolve_ds_config(ROOT / "ds_configs" / "zero2.json", Stage(max_grad_norm=0.7))
+    config = resolve_ds_config(ROOT / "ds_configs" / "zero2.json", Stage(max_grad_norm=0.7), "fp32")
     assert config["gradient_clipping"] == 0.7 and config["gradient_accumulation_steps"] == 1

@@ -1,10 +1,12 @@
 """The DeepSpeed engine, reduced to what training needs. The only file that imports deepspeed.
 
-Three decisions, each measured with DeepSpeed 0.19.8 on two ranks:
+Four decisions, each measured with DeepSpeed 0.19.8 on two ranks:
 
-- No precision section is handed to DeepSpeed. Trained weights are fp32 (they are their own masters), frozen ones
-  keep the recipe's precision, the forward runs under autocast. With ``bf16.enabled`` alone, 63 gradients of 0.001
-  after one of 1 are all lost; this way none is.
+- Trained weights are fp32 (they are their own masters), frozen ones keep the recipe's precision. With ``bf16.enabled``
+  alone, 63 gradients of 0.001 after one of 1 are all lost; this way none is.
+- The forward pass runs under the autocast of DeepSpeed's ``torch_autocast`` section. One opened around the engine it
+  turns off, with a warning, but only where torch speaks of CUDA: on CPUs nobody would notice. No module is on the list
+  of those whose gradients travel in bf16.
 - ``coalesce_grad_reduction`` around a step's micro-batches: one reduction per step, not one per micro-batch.
 - The scaling is ours. Ranks are averaged by ZeRO, so a loss is multiplied by ``world_size`` and divided by the label
   tokens of the whole step (see ``graft/train/step.py``).
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.ranks import Ranks, on_gpu, start
-from graft.recipe import Stage
+from graft.recipe import Precision, Stage
 
 OWNED_BY_THE_RECIPE = {
     "train_batch_size": "stage1.global_batch_size",
@@ -84,7 +86,7 @@ class Engine:
         return torch.device(self._engine.device)
 
     def __call__(self, **inputs: Any) -> Any:
-        """The model's forward pass."""
+        """The model's forward pass, in the precision that the configuration asks for."""
         return self._engine(**inputs)
 
     @contextlib.contextmanager
@@ -167,8 +169,8 @@ def start_process_group(timeout_s: float, start_timeout_s: float) -> Ranks:
     return start(backend=backend, timeout_s=timeout_s, start_timeout_s=start_timeout_s, even_alone=True)
 
 
-def resolve_ds_config(path: str | Path, settings: Stage) -> dict[str, Any]:
-    """Read a DeepSpeed JSON and add what the recipe owns.
+def resolve_ds_config(path: str | Path, settings: Stage, precision: Precision) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and add what the recipe owns; ``precision`` is that of the forward pass.
 
     Raises:
         ValueError: if the file is missing, is not JSON, or sets what the recipe owns.
@@ -185,6 +187,7 @@ def resolve_ds_config(path: str | Path, settings: Stage) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # a formality: batches are ours, DeepSpeed only needs a number
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.max_grad_norm,
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1_000_000_000,  # never: the console line is ours
     }
 

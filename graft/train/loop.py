@@ -94,7 +94,7 @@ class Loop:
         share = self._share_of_peak(position.stage_step)
         first_seed = (self.recipe.run.seed << 40) + (position.step << 16)
         seeds = [first_seed + number for number in inputs.numbers]  # of a micro-batch, on whatever rank it is
-        told = (self.recipe.run.precision, self.heartbeat.heart, self.meter.phases)
+        told = self.heartbeat.heart, self.meter.phases
         result = train_step(self.engine, inputs.micro_batches, seeds, num_label_tokens, share, *told)
         position.step += 1
         if self.recipe.run.log_utterances:

@@ -37,7 +37,6 @@ def train_step(
     seeds: Sequence[int],
     num_label_tokens: int,
     share_of_peak: float,
-    precision: str,
     heart: Heart | None = None,
     phases: Phases | None = None,
 ) -> StepResult:
@@ -50,7 +49,6 @@ def train_step(
         seeds: of the dropout in each of them.
         num_label_tokens: label positions of the whole step, over all ranks.
         share_of_peak: learning rate as a share of its peak.
-        precision: 'bf16' runs the forward pass under autocast.
         heart: is told when this rank has done its part.
         phases: are given the time.
     """
@@ -60,7 +58,7 @@ def train_step(
         accumulation.enter_context(engine.one_reduction())
         for batch, seed in zip(micro_batches, seeds, strict=True):
             torch.manual_seed(seed)
-            with phases(FORWARD), torch.autocast(engine.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with phases(FORWARD):
                 inputs = batch.to(engine.device).model_inputs()
                 loss = engine(**inputs, num_items_in_batch=num_label_tokens, use_cache=False).loss
             with phases(BACKWARD):

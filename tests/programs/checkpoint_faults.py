@@ -39,7 +39,8 @@ def make(ranks: Ranks) -> Engine:
     add_lora(model, made.lora)
     rates = dict.fromkeys(select_trainable(model, STAGE), 0.1)
     settings = made.stage(STAGE)
-    return Engine(model, rates, settings, resolve_ds_config(ROOT / "ds_configs" / "zero2.json", settings), ranks)
+    config = resolve_ds_config(ROOT / "ds_configs" / "zero2.json", settings, made.run.precision)
+    return Engine(model, rates, settings, config, ranks)
 
 
 @torch.no_grad()

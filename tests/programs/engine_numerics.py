@@ -1,8 +1,11 @@
 """The engine on a model of five weights; started by tests/test_engine.py on two ranks: CONFIG.json REPORT.json."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -14,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graft.ranks import stop
 from graft.recipe import Stage
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
+from graft.train.step import train_step
 
 RATES = {"fast": 0.1, "slow": 0.01}
 
@@ -35,7 +39,7 @@ def make(weights: dict | None = None) -> tuple[Five, Engine]:
     if weights:
         model.load_state_dict(weights)
     settings = Stage(max_grad_norm=1e9)
-    return model, Engine(model, RATES, settings, resolve_ds_config(sys.argv[-2], settings), ranks)
+    return model, Engine(model, RATES, settings, resolve_ds_config(sys.argv[-2], settings, "fp32"), ranks)
 
 
 def step(engine: Engine, values: list[float], share: float = 0.5) -> tuple[float, bool]:
@@ -46,20 +50,27 @@ def step(engine: Engine, values: list[float], share: float = 0.5) -> tuple[float
     return float(norm), applied
 
 
-def reductions(engine: Engine, values: list[float]) -> int:
-    """Collectives that carry gradients in one step: calls of torch's reduce and all_reduce on whole buckets."""
-    calls, originals = [], {name: getattr(dist, name) for name in ("reduce", "all_reduce")}
+@contextlib.contextmanager
+def collectives() -> Iterator[list[torch.Tensor]]:
+    """What is handed to torch's reduce and all_reduce inside."""
+    sent, originals = [], {name: getattr(dist, name) for name in ("reduce", "all_reduce")}
     for name, original in originals.items():
 
-        def counted(tensor, *args, _original=original, **kwargs):
-            calls.append(tensor.numel())
+        def noted(tensor, *args, _original=original, **kwargs):
+            sent.append(tensor)
             return _original(tensor, *args, **kwargs)
 
-        setattr(dist, name, counted)
-    step(engine, values)
+        setattr(dist, name, noted)
+    yield sent
     for name, original in originals.items():
         setattr(dist, name, original)
-    return sum(size > 1 for size in calls)
+
+
+def reductions(engine: Engine, values: list[float]) -> int:
+    """Collectives that carry gradients in one step: those of whole buckets."""
+    with collectives() as sent:
+        step(engine, values)
+    return sum(tensor.numel() > 1 for tensor in sent)
 
 
 class Reads(TorchDispatchMode):
@@ -80,6 +91,39 @@ def reads(engine: Engine, values: list[float]) -> tuple[int, int]:
     with Reads() as updating:
         engine.step(0.5)
     return making.num_reads, updating.num_reads
+
+
+class Product(nn.Module):
+    """One matrix, and a model's and a batch's ways to be called; ``dtype`` is that of its last product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor, **others) -> SimpleNamespace:
+        product = self.linear(x)
+        self.dtype = product.dtype
+        return SimpleNamespace(loss=product.float().sum())
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(2, 4)}
+
+
+def precisions(precision: str) -> list[str]:
+    """In what a product is made and in what its gradient travels, if torch answers as it does on a GPU.
+
+    Asked whether autocast is on and not for which device, torch speaks of CUDA: on CPUs it never says yes.
+    """
+    model, settings, asked = Product(), Stage(), torch.is_autocast_enabled
+    config = resolve_ds_config(sys.argv[-2], settings, precision)
+    engine = Engine(model, {"linear.weight": 0.1}, settings, config, ranks)
+    torch.is_autocast_enabled = lambda device="cpu": asked(device)
+    with collectives() as sent:
+        train_step(engine, [model], [0], 1, 1.0)
+    torch.is_autocast_enabled = asked
+    engine.close()
+    dtypes = [model.dtype, *{tensor.dtype for tensor in sent if tensor.numel() > 1}]
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
 def copied(model: nn.Module) -> dict:
@@ -107,6 +151,7 @@ straight = copied(model)
 seen["offload"] = "offload" in Path(sys.argv[-2]).name
 seen["reads"] = {"1 micro-batch": reads(engine, [1.0]), "8 micro-batches": reads(engine, [1.0] * 8)}
 engine.close()
+seen["precisions"] = {precision: precisions(precision) for precision in ("fp32", "bf16")}
 model, engine = make(weights)
 engine.load_optimizer_state(moments, num_updates=4)
 step(engine, [ranks.rank + 2.0])

@@ -35,11 +35,11 @@ for number in (1, 2):
     trained = select_trainable(graft.model, number)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     stage = recipe.stage(number)
-    config = resolve_ds_config(ROOT / "ds_configs" / "zero2.json", stage)
+    config = resolve_ds_config(ROOT / "ds_configs" / "zero2.json", stage, recipe.run.precision)
     engine = Engine(graft.model, dict.fromkeys(trained, 0.01), stage, config, ranks)
     feed = Feed(source, template, stage, recipe.data, ranks, seed=number)
     for inputs in feed.steps(0, 3):
-        train_step(engine, inputs.micro_batches, inputs.numbers, inputs.num_label_tokens, 1.0, recipe.run.precision)
+        train_step(engine, inputs.micro_batches, inputs.numbers, inputs.num_label_tokens, 1.0)
     engine.close()
     part = "projector" if number == 1 else "lora"
     moved[part] = any(not torch.equal(before[n], p) for n, p in trained.items() if part in n)
