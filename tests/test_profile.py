@@ -101,6 +101,9 @@ def test_shares_are_of_the_time() -> None:
     [
         ("aten::mm", "product"),
         ("aten::addmm", "product"),
+        ("aten::_conv_depthwise2d", "product"),
+        ("aten::mkldnn_convolution", "product"),
+        ("aten::convolution_backward", "product"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
         ("aten::_scaled_dot_product_efficient_attention", "attention"),
         ("c10d::allreduce_", "communication"),

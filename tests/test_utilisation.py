@@ -62,6 +62,19 @@ def test_the_formula_is_what_is_multiplied(kind: str, stage: int, folders: tuple
     assert rotary < 0.001 * counted_flop, "too rough to find a wrong term"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_of_alignment(kind: str, folders: tuple[Path, Path]) -> None:
+    graft = assemble(tiny.recipe(*folders, projector={"kind": kind, "hidden_size": 36}))
+    select_trainable(graft.model, 1)
+    template = PromptTemplate.from_processor(graft.processor, SYSTEM, INSTRUCTION)
+    samples = [FeatureSample(text, text, torch.ones(40, 24)) for text in ("abc", "da")]
+    batch = collate_training(samples, template, align=True)
+    uncounted = {torch.ops.aten.convolution_backward: flop_depthwise_backward}
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counted:
+        graft.model(**batch.model_inputs(), num_items_in_batch=1, use_cache=False).loss.backward()
+    assert model_flops(graft.model).of([batch]) == counted.get_total_flops()
+
+
 def test_of_a_step_by_hand() -> None:
     """Rows of 4 and 2 real positions, 3 labels that something predicts are 3 of 3, 2 audio tokens."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

@@ -5,7 +5,7 @@ to lay the words along the audio count, as in CTC (Graves et al., 2006): each au
 the embedding matrix, and between two words there may be pauses. A pause is the row of a single space. Beside that, each
 audio embedding is drawn to the mixture of rows that it is most like: so it gets their size, and not their direction
 alone. Each word is told from the others of its micro-batch: the whole vocabulary would cost what the layers do. On a
-GPU, torch's CTC reads the lengths, and so waits once in a forward pass.
+GPU, torch's CTC reads the lengths and copies them back: the host waits for it, forward and backward.
 
 B: utterances    A: audio tokens    H: hidden size    K: words, the pause first    U: words of the longest transcript
 """

@@ -32,7 +32,9 @@ KINDS = {
     "communication": re.compile(rf"{PREFIX}({REDUCE}|{AGREE})$|^(c10d|nccl|gloo)\b|record_param_comms"),
     "Python": re.compile(f"^({PREFIX}|{STEP})"),
     "attention": re.compile(r"attention|flash|fmha"),
-    "product": re.compile(r"(::|^)_?(addmm|mm|bmm|baddbmm|matmul|linear|mkldnn_linear|convolution|dot)\b|gemm"),
+    "product": re.compile(
+        r"(::|^)_?(addmm|mm|bmm|baddbmm|matmul|linear|mkldnn_linear|dot)\b|gemm|conv(olution|_depthwise)"
+    ),
 }
 ELEMENTWISE = "elementwise"
 SHOWN = ("product", "attention", ELEMENTWISE, "communication", "data wait", "Python")

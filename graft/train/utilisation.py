@@ -95,6 +95,7 @@ class ModelFlops:
     per_pair: float  # of positions of which one attends to the other
     per_label: float
     per_audio_token: float
+    per_comparison: float = 0.0  # of an audio token with a word, where audio is aligned
 
     def of(self, batches: Iterable[Batch]) -> float:
         """FLOP of one forward and backward over these micro-batches."""
@@ -103,7 +104,7 @@ class ModelFlops:
     def _of_one(self, batch: Batch) -> float:
         projector = self.per_audio_token * batch.num_audio_tokens
         if batch.words is not None:  # aligned: the language model does not run
-            return projector
+            return projector + self.per_comparison * batch.num_audio_tokens * len(batch.words)
         tokens = self.per_token * (batch.num_positions - batch.num_padding)
         return projector + tokens + self.per_pair * batch.num_attended_pairs + self.per_label * batch.num_label_tokens
 
@@ -112,7 +113,8 @@ def model_flops(model: nn.Module) -> ModelFlops:
     """Of the graft as it trains now: call it when what is trained has been selected.
 
     Counted are the products of the language model with its adapters, of causal attention, of the logits at label
-    positions and of the projector. The encoder is not part of a step.
+    positions and of the projector. The encoder is not part of a step. Positions that rows share, and what of the last
+    layer no label needs, count as in the plain model, though :mod:`graft.model.lean` spares them.
     """
     layers = model.model.language_model.layers
     # q k and p v, 2 FLOP each per channel of all heads; backward is twice that
@@ -122,6 +124,7 @@ def model_flops(model: nn.Module) -> ModelFlops:
         per_pair=12.0 * channels,
         per_label=_linear(model.lm_head),
         per_audio_token=_projector(model.model.multi_modal_projector),
+        per_comparison=6.0 * model.config.text_config.hidden_size,  # the cosine, its gradient, and the mixture of rows
     )
 
 
