@@ -34,7 +34,7 @@ MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 8_192
 R, RATE = 8, 1e-6  # of the adapters (64 at full width), and a rate so low that the model stays the same
 
 
-def config(stack_factor: int, shape: Shape = MINI) -> AudioGraftConfig:
+def config(stack_factor: int, shape: Shape = MINI, projector_kind: str = "mlp") -> AudioGraftConfig:
     """Settings of a graft, its vision tower next to nothing."""
     vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": shape.hidden}
     return AudioGraftConfig(
@@ -43,6 +43,7 @@ def config(stack_factor: int, shape: Shape = MINI) -> AudioGraftConfig:
         tie_word_embeddings=shape.tied,
         audio_config={"d_model": shape.frame_size, "encoder_attention_heads": 1},
         has_audio_tower=False,
+        projector_kind=projector_kind,
         stack_factor=stack_factor,
         audio_token_id=shape.audio_token,
     )
@@ -55,11 +56,14 @@ def graft(
     seed: int = 1,
     device: str | torch.device = "cpu",
     lean: bool = True,
+    projector_kind: str = "mlp",
 ) -> AudioGraftForConditionalGeneration:
     """A random graft, frozen, its projector in fp32; the same language model for every ``stack_factor``."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AudioGraftForConditionalGeneration._from_config(config(stack_factor, shape), dtype=dtype)
+        model = AudioGraftForConditionalGeneration._from_config(
+            config(stack_factor, shape, projector_kind), dtype=dtype
+        )
     _renew_projector(model, seed)
     if lean:
         save_less(model.model.language_model)
@@ -106,10 +110,12 @@ def step_batches(stack_factor: int) -> list[Batch]:
     return [batch(group, [frames[i] for i in group], stack_factor) for group in groups]
 
 
-def batch(clips: Sequence[int], frames: Sequence[int], stack_factor: int, shape: Shape = MINI) -> Batch:
+def batch(
+    clips: Sequence[int], frames: Sequence[int], stack_factor: int, shape: Shape = MINI, align: bool = False
+) -> Batch:
     """Clips by their number, ``frames`` (B,) of each, as a micro-batch padded on the right."""
     samples = [_clip(clip, count, shape) for clip, count in zip(clips, frames, strict=True)]
-    return collate_training(samples, template(shape, stack_factor))
+    return collate_training(samples, template(shape, stack_factor), align)
 
 
 def clips_and_labels(batches: Sequence[Batch]) -> tuple[int, int]:

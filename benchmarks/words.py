@@ -1,6 +1,7 @@
 """A processor whose words are numbers: the real prompt template and collator run on ids of any vocabulary.
 
-``"17 4 9"`` is the ids 17, 4, 9. A chat is BEFORE ids, the audio, AFTER ids, the reply and one id that ends it.
+``"17 4 9"`` is the ids 17, 4, 9, and a space alone is PAUSE. A chat is BEFORE ids, the audio, AFTER ids, the reply and
+one id that ends it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from benchmarks.shapes import Shape
 from graft.data.prompt import PromptTemplate
 
 BEFORE, AFTER, REPLY = 20, 10, 30  # tokens of prompt, and of a transcript with its end, which alone is learnt
-END = 2
+PAUSE, END = 1, 2
 
 
 @dataclass
@@ -35,8 +36,9 @@ class Words:
 
     def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
         """Ids of a text, or of several."""
-        several = [[int(word) for word in one.split()] for one in ([text] if isinstance(text, str) else text)]
-        return {"input_ids": several[0] if isinstance(text, str) else several}
+        if isinstance(text, str):
+            return {"input_ids": _ids(text)}
+        return {"input_ids": [_ids(one) for one in text]}
 
 
 @dataclass
@@ -57,6 +59,10 @@ class Processor:
 def template(shape: Shape, stack_factor: int) -> PromptTemplate:
     """The prompt around a clip."""
     return PromptTemplate.from_processor(Processor(Words(shape), stack_factor), "", "Transcribe the speech.")
+
+
+def _ids(text: str) -> list[int]:
+    return [PAUSE] if text == " " else [int(word) for word in text.split()]
 
 
 def transcript(ids: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import harness
-from benchmarks.gpu import bench, ceiling, encoding, feeding, memory, steps, twin
+from benchmarks.gpu import alignment, bench, ceiling, encoding, feeding, memory, steps, twin
 from benchmarks.gpu.bench import Bench
 from benchmarks.harness import Figure
 
@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "nemo_twin": twin.report,
     "step1.2b": lambda where: steps.stage_1(where, "2b"),
     "step2.2b": lambda where: steps.stage_2(where, "2b"),
+    "align.7b": alignment.report,
     "enc.full": encoding.full,
     "enc.trimmed": encoding.trimmed,
     "mem": memory.report,

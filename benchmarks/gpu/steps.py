@@ -137,10 +137,10 @@ def lean(model: AudioGraftForConditionalGeneration) -> AudioGraftForConditionalG
     return model
 
 
-def batches(num_clips: int, each: int, shape: Shape, bench: Bench) -> list[Batch]:
+def batches(num_clips: int, each: int, shape: Shape, bench: Bench, align: bool = False) -> list[Batch]:
     """``num_clips`` clips in micro-batches of ``each``, ready to be copied to the GPU."""
     groups = [range(first, min(first + each, num_clips)) for first in range(0, num_clips, each)]
-    made = [mini.batch(group, [FRAMES] * len(group), STACK_FACTOR, shape) for group in groups]
+    made = [mini.batch(group, [FRAMES] * len(group), STACK_FACTOR, shape, align) for group in groups]
     return [batch.pin_memory() if bench.device.type == "cuda" else batch for batch in made]
 
 
