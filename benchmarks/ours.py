@@ -39,7 +39,7 @@ class PlainEngine:
         )
 
     def __call__(self, **inputs: Any) -> Any:
-        """The model's forward pass."""
+        """The model's forward pass, under autocast for bf16."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(**inputs)
 

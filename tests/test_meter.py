@@ -44,7 +44,7 @@ def test_sums_are_divided_once() -> None:
 
 def test_utilisation_is_of_the_real_tokens() -> None:
     """7 + 3 real positions of 14, and (7 x 7 + 3 x 3) / 2 pairs, in 0.2 s or more of a device that does 1000 FLOP/s."""
-    flops = ModelFlops(per_token=2.0, per_pair=1.0, per_label=100.0, per_audio_token=100.0)
+    flops = ModelFlops(per_token=2.0, per_pair=1.0, per_label=100.0, per_audio_token=100.0, per_comparison=1e9)
     meter = StepMeter(Ranks(), torch.device("cpu"), flops, Peak(1000.0, "by hand"))
     meter.add(result(1.0), [batch([7, 3], 7)], waited_s=0.0)
     time.sleep(0.2)

@@ -64,6 +64,7 @@ def test_the_formula_is_what_is_multiplied(kind: str, stage: int, folders: tuple
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_of_alignment(kind: str, folders: tuple[Path, Path]) -> None:
+    """Nothing is padded here either. The language model does not run; words are compared with audio tokens."""
     graft = assemble(tiny.recipe(*folders, projector={"kind": kind, "hidden_size": 36}))
     select_trainable(graft.model, 1)
     template = PromptTemplate.from_processor(graft.processor, SYSTEM, INSTRUCTION)
@@ -82,7 +83,7 @@ def test_of_a_step_by_hand() -> None:
     labels = torch.where(torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool(), ids, -100)
     places = torch.tensor([0, 4])
     batch = Batch(("a", "b"), ids, mask, labels, torch.zeros(2, 1, 3), torch.ones(2, dtype=torch.int64), places, places)
-    flops = ModelFlops(per_token=1e6, per_pair=1e3, per_label=1.0, per_audio_token=0.01)
+    flops = ModelFlops(per_token=1e6, per_pair=1e3, per_label=1.0, per_audio_token=0.01, per_comparison=1e9)
     assert flops.of([batch, batch]) == pytest.approx(2 * (6e6 + 10e3 + 3 + 0.02))
 
 

@@ -95,7 +95,7 @@ class ModelFlops:
     per_pair: float  # of positions of which one attends to the other
     per_label: float
     per_audio_token: float
-    per_comparison: float = 0.0  # of an audio token with a word, where audio is aligned
+    per_comparison: float  # of an audio token with a word, where audio is aligned
 
     def of(self, batches: Iterable[Batch]) -> float:
         """FLOP of one forward and backward over these micro-batches."""
@@ -124,7 +124,7 @@ def model_flops(model: nn.Module) -> ModelFlops:
         per_pair=12.0 * channels,
         per_label=_linear(model.lm_head),
         per_audio_token=_projector(model.model.multi_modal_projector),
-        per_comparison=6.0 * model.config.text_config.hidden_size,  # the cosine, its gradient, and the mixture of rows
+        per_comparison=6.0 * model.config.text_config.hidden_size,  # 2 each: cosine, its gradient, mixture of rows
     )
 
 
