@@ -14,7 +14,7 @@ import torch
 from graft.data.collate import Batch, collate_training
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
-from graft.model.alignment import SHARPNESS, alignment_loss
+from graft.model.alignment import AUDIBLE, SHARPNESS, alignment_loss
 from graft.model.assemble import Assembled, assemble
 from graft.recipe import Stage, load_recipe
 from tests.test_feed import STAGE, a_set, feed
@@ -35,7 +35,9 @@ def by_hand(embeds: torch.Tensor, said: list[int]) -> float:
     for embed in embeds:
         scores = torch.stack([SHARPNESS * (embed / embed.norm() @ row) for row in unit])
         shares.append(scores.softmax(0))
-        apart += float(((embed - shares[-1] @ ROWS) ** 2).mean() / ROWS.var()) / len(embeds)
+        behind = [math.log(shares[-1].max() / share) for share in shares[-1]]
+        parts = torch.tensor([max(0.0, 1 - nats / AUDIBLE) for nats in behind])
+        apart += float(((embed - parts / parts.sum() @ ROWS) ** 2).mean() / ROWS.var()) / len(embeds)
     total = sum(
         math.prod(float(shares[place][word]) for place, word in enumerate(path))
         for path in itertools.product(range(len(ROWS)), repeat=len(embeds))
@@ -86,6 +88,24 @@ def test_the_rows_themselves_are_best() -> None:
     assert best < 0.1
     for worse in [(last, pause, first), (2 * first, pause, 2 * last), (first, pause, pause), (first, -pause, last)]:
         assert loss(*worse) > best + 0.1
+
+
+def test_what_was_perhaps_said_stays_to_be_seen() -> None:
+    """Of two rows that an embedding is like, the fainter's part in the mixture is by the logarithm of its share."""
+    words = torch.eye(3)
+    said = {"spoken": torch.tensor([[1]]), "num_spoken": torch.tensor([1])}
+
+    def pull(part: float) -> torch.Tensor:
+        """What the mean distance alone does to an embedding of so much of word 2 beside word 1."""
+        embed = torch.tensor([[[0.0, 1 - part, part]]]).requires_grad_()
+        whole = alignment_loss(embed, torch.tensor([1]), words, **said).sum()
+        order = -(SHARPNESS * torch.nn.functional.normalize(embed[0, 0], dim=0)).log_softmax(0)[1]
+        return torch.autograd.grad(whole - order, embed)[0][0, 0, 2]
+
+    # by hand: 0.4 beside 0.6 is 16 * 0.2 / 0.7211 = 4.44 nats behind, a part of 1 - 4.44 / 8 = 0.445 to 1: 0.308
+    assert pull(0.4).item() == pytest.approx(2 * (0.4 - 0.308) / 3 / words.var().item(), abs=2e-3)
+    # 0.3 beside 0.7 is 8.4 nats behind: nothing is left of it
+    assert pull(0.3).item() == pytest.approx(2 * 0.3 / 3 / words.var().item(), abs=2e-3)
 
 
 @pytest.fixture(scope="module")

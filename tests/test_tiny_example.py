@@ -145,6 +145,47 @@ def test_listening_is_of_doubtful_spikes_and_of_rows_of_few_words() -> None:
     assert all(slots.sum(1).std() > 0.01 for slots in heard), "slots are of different loudness"
 
 
+def test_what_is_doubted_is_true_as_often_as_its_weight_says() -> None:
+    """Of the two likeliest, e to the ``fade`` times their distance is how much oftener the first is what was said."""
+    from collections import Counter
+    from math import exp
+
+    from chat_tasks import TaskMaker
+    from qwen2vl_base import load_base
+
+    _, tokenizer = load_base(Path(TINY, "qwen2_vl"))
+    tasks, rng, fade = TaskMaker(tokenizer, num_rows=1_200, excluded=()), Random(1), 4.0
+    expected, found = Counter(), Counter()
+    for _ in range(20_000):
+        said = rng.choice(tasks.words)
+        heard = tasks.weighed(said, fade, rng)
+        assert said in heard and sum(heard.values()) == pytest.approx(1) and 1 <= len(heard) <= 5
+        likeliest, *others = sorted(heard, key=heard.get, reverse=True)
+        if len(others) == 1:
+            odds = exp(fade * (1 - heard[others[0]] / heard[likeliest]))
+            tenth = int(10 * heard[others[0]] / heard[likeliest])
+            expected[tenth] += 1 / (1 + odds)
+            found[tenth] += said != likeliest
+    assert len(expected) >= 10
+    assert all(abs(found[tenth] - expected[tenth]) < 4 * expected[tenth] ** 0.5 + 2 for tenth in expected)
+
+
+def test_a_word_that_is_spotted_has_a_slot_of_its_own() -> None:
+    """Without doubt, the likeliest of each slot, equal neighbours as one, say what is said: as with CTC."""
+    from dataclasses import replace
+
+    from chat_tasks import IN_SLOTS, TaskMaker
+    from qwen2vl_base import load_base
+
+    _, tokenizer = load_base(Path(TINY, "qwen2_vl"))
+    tasks = TaskMaker(tokenizer, num_rows=1_200, excluded=())
+    manner, text = replace(IN_SLOTS, doubt=0.0), "call seven seven two two two"
+    for seed in range(50):
+        slots = tasks.slots(tasks.speak(text, Random(seed), manner), Random(seed), manner)
+        heard = [each for each in torch.unique_consecutive(slots.argmax(1)).tolist() if each != tasks.pause]
+        assert heard == tasks.encode(f" {text}")
+
+
 def test_lessons_go_from_repeating_to_murmurs_to_chats() -> None:
     """Whatever the lesson, the answer alone is learnt: the text that was written out or murmured, and its end."""
     from chat_tasks import IGNORED, LESSONS, TAIL, TaskMaker, lesson_at

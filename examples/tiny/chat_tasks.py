@@ -16,13 +16,19 @@ The third is of what a projector gives that was aligned by CTC: a word is a spik
 it is surest, with pauses around it; now and then it is as much a pause, or another word. Rows are long, and of few
 different words: "nine nine three nine" can be followed by counting alone, not by looking up what was said last.
 
+The fourth is of doubt that is meant: what may have been said instead stands fainter beside the likeliest, the fainter
+the less likely it is, and is true as often as that says. In a row the likeliest is then the best guess; in a sentence
+it is what both the sound and the grammar allow. The fifth has long rows again, and more of them. The sixth has what CTC
+gives and the others had not: every word has a slot in which it is the likeliest, and so has a pause between equal ones.
+
 Shapes: B sequences, L positions, S slots, V rows of the embedding matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import exp
 from random import Random
 
 import numpy as np
@@ -59,6 +65,10 @@ class Manner:
     end_slots: tuple[float, float] = (1.0, 1.0)  # mean length of the pauses before and behind all of them
     doubt: float = 0.0  # share of the words that are as much a pause or another word, or nearly
     loudness: float = 0.0  # spread of the slots' loudness, as a standard deviation of its logarithm
+    fade: float = 0.0  # nats between the likeliest and what is not heard any more; 0: doubt is not meant
+    smear: float = (
+        0.0  # most that a slot has of the one beside it, and lengths are whole slots; 0: they are of any size
+    )
 
 
 STRETCHED = Manner(word_slots=(0.8, 4.0), pause_slots=(0.7, 3.0), pause_probability=(0.3, 1.0))
@@ -66,6 +76,8 @@ SPIKES = Manner(
     word_slots=(0.7, 2.0), pause_slots=(0.8, 4.0), pause_probability=(0.75, 1.0), end_slots=(1.0, 6.0),
     doubt=0.06, loudness=0.2,
 )  # fmt: skip
+DOUBTS = replace(SPIKES, doubt=0.25, fade=8.0)
+IN_SLOTS = replace(DOUBTS, doubt=0.12, smear=0.45, pause_probability=(0.5, 1.0), end_slots=(0.3, 6.0), loudness=0.3)
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,19 @@ LISTENING = tuple(
         words_share=0.9, manner=SPIKES, few_share=0.4,
     )
     for until, chats in ((0.4, False), (1.0, True))
+)  # fmt: skip
+DOUBTING = (replace(LISTENING[-1], manner=DOUBTS, row_shares={"digits": 0.25, "words": 0.1}, words_share=0.95),)
+COUNTING = (
+    replace(
+        DOUBTING[-1], manner=replace(DOUBTS, doubt=0.08), row_shares={"digits": 0.5, "words": 0.15},
+        row_lengths=(2, 10), words_share=1.0, few_share=0.5,
+    ),
+)  # fmt: skip
+SPOTTING = (
+    replace(
+        DOUBTING[-1], manner=IN_SLOTS, row_shares={"digits": 0.3, "words": 0.15}, row_lengths=(2, 9),
+        words_share=1.0, few_share=0.5,
+    ),
 )  # fmt: skip
 
 Stretch = tuple[dict[int, float], float]
@@ -175,16 +200,37 @@ class TaskMaker:
         previous = None
         for word in self.encode(f" {text}"):
             if word == previous or rng.random() < pause_probability:
-                stretches.append(({self.pause: 1.0}, pause_slots))
-            is_doubted = manner.doubt and rng.random() < manner.doubt
-            stretches.append((self.doubted(word, rng) if is_doubted else {word: 1.0}, word_slots))
+                stretches.append((self.weights_of(self.pause, manner, rng), pause_slots))
+            stretches.append((self.weights_of(word, manner, rng), word_slots))
             previous = word
         return stretches
+
+    def weights_of(self, token: int, manner: Manner, rng: Random) -> dict[int, float]:
+        """What is heard where ``token`` is murmured: mostly it alone, a word or a pause."""
+        if manner.fade:
+            return self.weighed(token, manner.fade, rng) if rng.random() < manner.doubt else {token: 1.0}
+        is_doubted = token != self.pause and manner.doubt and rng.random() < manner.doubt
+        return self.doubted(token, rng) if is_doubted else {token: 1.0}
 
     def doubted(self, word: int, rng: Random) -> dict[int, float]:
         """The shares of ``word`` and of a pause or another word, which may be somewhat the likelier."""
         share, other = rng.uniform(0.4, 0.8), self.pause if rng.random() < 0.6 else rng.choice(self.words)
         return {word: 1.0} if other == word else {word: share, other: 1 - share}
+
+    def weighed(self, token: int, fade: float, rng: Random) -> dict[int, float]:
+        """The shares of ``token`` and of others that it is taken for, in proportion to their weights.
+
+        The likeliest weighs 1; a weight falls by 1 over ``fade`` nats. ``token`` is each of them as often as its
+        weight says.
+        """
+        weights = [1.0, *(rng.random() for _ in range(rng.randint(1, 4)))]
+        place = rng.choices(range(len(weights)), [exp(fade * weight) for weight in weights])[0]
+        drawn = rng.choices(self.words, k=len(weights))
+        drawn = drawn if rng.random() < 0.3 else [self.pause, *drawn]
+        others = [other for other in dict.fromkeys(drawn) if other != token]
+        rng.shuffle(others)
+        heard = dict(zip([*others[:place], token, *others[place:]], weights, strict=False))
+        return {each: weight / sum(heard.values()) for each, weight in heard.items()}
 
     def spell(self, text: str, rng: Random) -> list[Stretch]:
         """The letters of ``text``; some wrong, some missing, word gaps often missing."""
@@ -203,17 +249,30 @@ class TaskMaker:
         """Lay ``stretches`` on a time line, each about as long as it says, and cut the line into slots (S, V)."""
         before, behind = (({self.pause: 1.0}, draw_between(manner.end_slots, rng)) for _ in range(2))
         stretches = [before, *stretches, behind]
+        shares = torch.zeros(len(stretches), self.num_rows)
+        for row, (tokens, _) in zip(shares, stretches, strict=True):
+            row[list(tokens)] = torch.tensor(list(tokens.values()))
+        if manner.smear:
+            return self.whole_slots(shares, [mean_slots for _, mean_slots in stretches], rng, manner)
         ends = np.cumsum([mean_slots * rng.lognormvariate(0, 0.4) for _, mean_slots in stretches])
         starts = np.concatenate([[0], ends[:-1]])
         edges = np.arange(int(np.ceil(ends[-1])))[:, None]
         overlap = np.clip(np.minimum(ends, edges + 1) - np.maximum(starts, edges), 0, None)
         weights = torch.tensor(overlap / overlap.sum(1, keepdims=True), dtype=torch.float32)
-        shares = torch.zeros(len(stretches), self.num_rows)
-        for row, (tokens, _) in zip(shares, stretches, strict=True):
-            row[list(tokens)] = torch.tensor(list(tokens.values()))
         if manner.loudness:
             weights *= torch.tensor([[rng.lognormvariate(0, manner.loudness)] for _ in range(len(weights))])
         return weights @ shares
+
+    def whole_slots(self, shares: torch.Tensor, means: list[float], rng: Random, manner: Manner) -> torch.Tensor:
+        """Each stretch (V,) takes a slot or more, those at the ends perhaps none; each slot has some of a neighbour."""
+        lengths = [max(1, round(mean * rng.lognormvariate(0, 0.4))) for mean in means]
+        for end in (0, -1):
+            lengths[end] = round(means[end] * rng.lognormvariate(0, 0.4))
+        slots = shares.repeat_interleave(torch.tensor(lengths), dim=0)
+        beside = [min(max(place + rng.choice((-1, 1)), 0), len(slots) - 1) for place in range(len(slots))]
+        parts = torch.tensor([[manner.smear * rng.random() ** 2] for _ in slots])
+        loudness = torch.tensor([[rng.lognormvariate(0, manner.loudness)] for _ in slots])
+        return loudness * ((1 - parts) * slots + parts * slots[beside])
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
@@ -285,9 +344,14 @@ def collate(sequences: list[Sequence]) -> TextBatch:
     )
 
 
-def embed(batch: TextBatch, embedding: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Input embeddings (B, L, D) of a batch; murmurs louder or fainter, and noisy, as a young projector's output is."""
-    embeds = batch.mixture @ embedding
+def embed(batch: TextBatch, embedding: torch.Tensor, generator: torch.Generator, offset: float = 0.0) -> torch.Tensor:
+    """Input embeddings (B, L, D) of a batch; murmurs louder or fainter, and noisy, as a young projector's output is.
+
+    ``offset``: the size of what is added to all slots of a murmur alike, in rows.
+    """
+    embeds, row = batch.mixture @ embedding, embedding.detach().std()
     loudness = torch.empty(len(embeds), 1, 1).uniform_(0.6, 1.6, generator=generator)
-    noise = torch.randn(embeds.shape, generator=generator) * embedding.detach().std() * 0.3
+    noise = torch.randn(embeds.shape, generator=generator) * row * 0.3
+    if offset:
+        noise += torch.randn(len(embeds), 1, embeds.shape[2], generator=generator) * row * offset
     return torch.where(batch.noisy.unsqueeze(-1), embeds * loudness + noise, embeds)

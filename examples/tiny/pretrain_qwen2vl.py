@@ -3,6 +3,7 @@
     python examples/tiny/pretrain_qwen2vl.py                       # the course of following, from random weights
     python examples/tiny/pretrain_qwen2vl.py --course spelling     # and then this one, from what the first has saved
     python examples/tiny/pretrain_qwen2vl.py --course listening    # and then this one
+    python examples/tiny/pretrain_qwen2vl.py --course doubting     # and so on: counting, spotting
 
 It learns the grammar's language, to write a clean sentence for a murmured one (see chat_tasks.py), and to name a
 coloured shape. It never sees a sentence of valid or test. Run the same command again after an interruption and it goes
@@ -23,11 +24,14 @@ import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from chat_tasks import (
+    COUNTING,
+    DOUBTING,
     IGNORED,
     INSTRUCTIONS,
     LESSONS,
     LISTENING,
     SPELLING,
+    SPOTTING,
     TRANSCRIBE,
     Lesson,
     Sequence,
@@ -60,12 +64,16 @@ class Course:
     peak_lr: float
     picture_every: int  # steps
     pooled: bool = False  # batches of sequences of about one length
+    offset: float = 0.0  # of murmurs, see embed()
 
 
 COURSES = {
     "following": Course(LESSONS, 3_600, 2e-3, 2),
     "spelling": Course(SPELLING, 600, 1e-3, 1),
     "listening": Course(LISTENING, 2_600, 5e-4, 8, pooled=True),
+    "doubting": Course(DOUBTING, 2_000, 1e-3, 8, pooled=True),
+    "counting": Course(COUNTING, 2_800, 1e-3, 8, pooled=True, offset=0.3),
+    "spotting": Course(SPOTTING, 1_700, 1e-3, 8, pooled=True, offset=0.3),
 }
 
 
@@ -123,7 +131,7 @@ def losses_of(training: Training, step: int) -> Losses:
         lesson = lesson_at(course.lessons, step, course.steps)
         batch = collate([training.tasks.draw(rng, lesson) for _ in range(BATCH_SIZE)])
     noise = torch.Generator().manual_seed(rng.getrandbits(32))
-    losses = {"text": text_loss(training.model, batch, noise)}
+    losses = {"text": text_loss(training.model, batch, noise, course.offset)}
     if step % course.picture_every == 0:
         arguments, _ = picture_batch(BATCH_SIZE // 2, rng, training.tokenizer, training.processor)
         losses["pictures"] = training.model(**arguments).loss
@@ -145,9 +153,11 @@ def pooled_batch(training: Training, step: int) -> TextBatch:
     return collate(batches[place])
 
 
-def text_loss(model: Qwen2VLForConditionalGeneration, batch: TextBatch, generator: torch.Generator) -> torch.Tensor:
+def text_loss(
+    model: Qwen2VLForConditionalGeneration, batch: TextBatch, generator: torch.Generator, offset: float = 0.0
+) -> torch.Tensor:
     """Mean cross entropy over the labels of a text batch. Padding stands behind, where causal attention never looks."""
-    embeds = embed(batch, model.get_input_embeddings().weight, generator)
+    embeds = embed(batch, model.get_input_embeddings().weight, generator, offset)
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     following = batch.labels[:, 1:]
     learnt = following != IGNORED

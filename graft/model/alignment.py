@@ -4,8 +4,10 @@ The language model reads embeddings of its own words. Which audio token belongs 
 to lay the words along the audio count, as in CTC (Graves et al., 2006): each audio token is compared with the rows of
 the embedding matrix, and between two words there may be pauses. A pause is the row of a single space. Beside that, each
 audio embedding is drawn to the mixture of rows that it is most like: so it gets their size, and not their direction
-alone. Each word is told from the others of its micro-batch: the whole vocabulary would cost what the layers do. On a
-GPU, torch's CTC reads the lengths and copies them back: the host waits for it, forward and backward.
+alone. In that mixture a row has its place by the logarithm of its share: what was perhaps said instead, at a hundredth
+of the likeliest, is still there for the language model to see, which may know that the likeliest cannot be. Each word
+is told from the others of its micro-batch: the whole vocabulary would cost what the layers do. On a GPU, torch's CTC
+reads the lengths and copies them back: the host waits for it, forward and backward.
 
 B: utterances    A: audio tokens    H: hidden size    K: words, the pause first    U: words of the longest transcript
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+AUDIBLE = 8.0  # nats behind the likeliest, where a row has no part in the mixture any more
 LEAST_SIZE = 0.1  # of an embedding that has a direction, in rows
 SHARPNESS = 16.0  # of the softmax over cosines; left free to learn, it stays between 14 and 18
 
@@ -40,10 +43,17 @@ def alignment_loss(
     order = F.ctc_loss(
         log_shares.transpose(0, 1), spoken, num_audio_tokens, num_spoken, reduction="none", zero_infinity=True
     )
-    mixtures = log_shares.detach().exp() @ rows
+    mixtures = _parts(log_shares.detach()) @ rows
     apart = (audio_embeds - mixtures).square().mean(-1) / rows.var()  # (B, A)
     real = torch.arange(apart.shape[1], device=apart.device) < num_audio_tokens.unsqueeze(1)
     return order + num_spoken * (apart * real).sum(1) / num_audio_tokens
+
+
+def _parts(log_shares: torch.Tensor) -> torch.Tensor:
+    """Parts (..., K) of rows in a mixture: most has the likeliest, the others less by the logarithm of their share."""
+    behind = log_shares.amax(-1, keepdim=True) - log_shares
+    parts = (1 - behind / AUDIBLE).clamp(min=0)
+    return parts / parts.sum(-1, keepdim=True)
 
 
 def _directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
