@@ -63,12 +63,10 @@ class Manner:
     pause_slots: tuple[float, float]  # mean length of a pause
     pause_probability: tuple[float, float]  # of a pause between two words
     end_slots: tuple[float, float] = (1.0, 1.0)  # mean length of the pauses before and behind all of them
-    doubt: float = 0.0  # share of the words that are as much a pause or another word, or nearly
+    doubt: float = 0.0  # share of the words (with ``fade``: and pauses) that may be a pause or another word
     loudness: float = 0.0  # spread of the slots' loudness, as a standard deviation of its logarithm
     fade: float = 0.0  # nats between the likeliest and what is not heard any more; 0: doubt is not meant
-    smear: float = (
-        0.0  # most that a slot has of the one beside it, and lengths are whole slots; 0: they are of any size
-    )
+    smear: float = 0.0  # most that a slot has of the one beside it; lengths are whole slots then, else of any size
 
 
 STRETCHED = Manner(word_slots=(0.8, 4.0), pause_slots=(0.7, 3.0), pause_probability=(0.3, 1.0))

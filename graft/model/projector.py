@@ -187,7 +187,7 @@ def _check_even(hidden_size: int) -> None:
 
 
 def _channels_last(hidden: torch.Tensor) -> torch.Tensor:
-    """(B, A, C) -> (B, C, A, 1), a view with every stride as channels-last has it, that of the 1 too: torch asks it."""
+    """(B, A, C) -> (B, C, A, 1), a view. Torch takes it for channels-last by all strides, that of the size 1 too."""
     return hidden.unsqueeze(2).permute(0, 3, 1, 2)
 
 
