@@ -28,6 +28,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRMSNorm,
 )
 
+from graft.model.attention import causal_attention
+
 
 @dataclass(frozen=True)
 class Line:
@@ -83,10 +85,9 @@ class LeanAttention(Qwen2VLAttention):
         )
         cos, sin = (angles.unsqueeze(2) for angles in position_embeddings)
         q, k = _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)
-        q, k, v = (line.part(heads).transpose(1, 2) for heads in (q, k, v))
         dropout = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
-        attended = line.join(attended.transpose(1, 2)).flatten(2)
+        attended = causal_attention(*(line.part(heads) for heads in (q, k, v)), dropout)
+        attended = line.join(attended).flatten(2)
         return self.o_proj(line.pick(attended) if _is_last(self) else attended), None
 
 

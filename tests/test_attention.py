@@ -1,0 +1,76 @@
+"""Attention in blocks: the values and gradients of torch's own, and more exact in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graft.model.attention import BLOCK, _InBlocks, causal_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+SIZE = 8  # of a head
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def drawn(num_positions: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v and the gradient of what comes out, of two rows."""
+    chance = torch.Generator().manual_seed(num_positions + heads)
+    shapes = [(2, num_positions, count, SIZE) for count in (heads, kv_heads, kv_heads, heads)]
+    return [2 * torch.randn(shape, generator=chance).to(dtype) for shape in shapes]
+
+
+def results(attention: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    """What comes out, and the gradients of q, k and v."""
+    q, k, v = (heads.detach().requires_grad_() for heads in (q, k, v))
+    attended = attention(q, k, v)
+    return [attended.detach(), *torch.autograd.grad(attended, (q, k, v), grad)]
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (7, 1)])
+@pytest.mark.parametrize("num_positions", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+def test_blocks_give_torchs_values_and_gradients(num_positions: int, heads: tuple[int, int]) -> None:
+    given = drawn(num_positions, *heads)
+    for mine, theirs in zip(results(_InBlocks.apply, *given), results(by_torch, *given), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_in_bf16_they_are_nearer_to_the_truth_than_torchs_or_as_near() -> None:
+    given = drawn(2 * BLOCK + 5, 7, 1, torch.bfloat16)
+    exact = results(by_torch, *(tensor.double() for tensor in given))
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        ours, torchs = results(causal_attention, *given), results(by_torch, *given)
+    for mine, theirs, true in zip(ours, torchs, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - true).norm() <= 1.5 * (theirs - true).norm()
+        assert (mine - true).norm() <= 0.01 * true.norm()
+
+
+def test_no_position_hears_a_later_one() -> None:
+    q, k, v, _ = drawn(BLOCK + 9, 4, 2, torch.bfloat16)
+    before = causal_attention(q, k, v)
+    for place in (3, BLOCK - 1, BLOCK, BLOCK + 8):
+        later = [heads.clone() for heads in (q, k, v)]
+        for heads in later:
+            heads[:, place] = 9.0
+        after = causal_attention(*later)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.equal(after[:, place], before[:, place])
+
+
+@pytest.mark.parametrize(("dtype", "dropout", "in_blocks"), [
+    (torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, False), (torch.float32, 0.0, False),
+])  # fmt: skip
+def test_where_blocks_are_used(dtype: torch.dtype, dropout: float, in_blocks: bool) -> None:
+    """On a CPU, in bf16, without dropout; everywhere else torch has what is needed."""
+    q, k, v, _ = drawn(5, 4, 2, dtype)
+    attended = causal_attention(q.requires_grad_(), k, v, dropout)
+    assert attended.shape == q.shape
+    assert ("_InBlocks" in attended.grad_fn.name()) == in_blocks
