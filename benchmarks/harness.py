@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ NUM_ROUNDS = int(os.environ.get("BENCH_ROUNDS", FEWEST_ROUNDS))  # fewer are for
 QUIET = 0.7  # rounds whose probe is below this share of the best were disturbed and are dropped
 AGREEMENT = 0.1  # wall and CPU ratios must be this close
 CPU = torch.device("cpu")
+T = TypeVar("T")
 _SAY = {">=": operator.ge, "<=": operator.le}
 
 
@@ -86,6 +87,20 @@ def timed(call: Callable[[], Any]) -> Spent:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_one_thread(call: Callable[[], T]) -> Callable[[], T]:
+    """The same call with one thread."""
+
+    def alone() -> T:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def rounds(
