@@ -28,9 +28,10 @@ from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lean import save_less
 from graft.model.lora import is_lora_name
 from graft.model.projector import build_projector
+from graft.recipe import Stage
 
 NUM_CLIPS, MEAN_S, SIGMA, LONGEST_S = 64, 10.0, 0.6, 30.0
-MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 8_192
+MICRO_BATCHES, MICRO_BATCH_TOKENS = Stage().micro_batches, 8_192  # as the recipes have them
 R, RATE = 8, 1e-6  # of the adapters (64 at full width), and a rate so low that the model stays the same
 
 
