@@ -58,8 +58,8 @@ def report() -> Iterator[Figure]:
     clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:BATCH]])
     facts = compare(full, trimmed, clips)
     sides: dict[str, Callable[[], Any]] = {
-        "our mels": harness.in_one_thread(lambda: [log_mels(full.extractor, clips, full.window) for _ in range(REPEATS)]),
-        "hf mels": harness.in_one_thread(lambda: [hf_mels(full.extractor, clips) for _ in range(REPEATS)]),
+        "our mels": repeated(lambda: log_mels(full.extractor, clips, full.window)),
+        "hf mels": repeated(lambda: hf_mels(full.extractor, clips)),
         "our frames": lambda: full.encode(clips),
         "hf frames": lambda: hf_frames(full, clips),
         "trimmed frames": lambda: trimmed.encode(clips),
@@ -67,6 +67,7 @@ def report() -> Iterator[Figure]:
     if ct2:
         sides["ct2 frames"] = lambda: ct2(clips)
     taken = harness.rounds(sides, harness.gemm_probe(GEMM, harness.fast_dtype()))
+    facts |= {"time of our full windows": harness.busiest(sides["our frames"], most=3)}
     for name, slower, faster, target, what in COMPARED:
         if slower not in sides:
             continue
@@ -84,6 +85,11 @@ def bytes_per_hour() -> Iterator[Figure]:
         size = len(shard_format.encode(frames, dtype)) * 3600 // CLIP_S
         what = f"an hour of speech in {dtype} frames of {TURBO_SIZE} numbers (large-v3-turbo), clips of {CLIP_S} s"
         yield Figure(f"count.bytes_per_hour.{dtype}", size / 1e6, "MB", what, facts={"bytes": f"{size:,}"})
+
+
+def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call in one thread, as a worker that prepares data would make it, REPEATS times."""
+    return harness.in_one_thread(lambda: [call() for _ in range(REPEATS)])
 
 
 def hf_mels(extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torch.Tensor:
@@ -119,7 +125,7 @@ def ctranslate2_frames(
     return frames, ctranslate2.__version__
 
 
-def compare(full: SpeechEncoder, trimmed: SpeechEncoder, batch: list[np.ndarray]) -> dict[str, float]:
+def compare(full: SpeechEncoder, trimmed: SpeechEncoder, batch: list[np.ndarray]) -> dict[str, Any]:
     """How far our frames are from Hugging Face's; AssertionError if those of full windows are others."""
     theirs = hf_frames(full, batch).to(FEATURE_DTYPE).float()
     counts = [encoder_frames(len(waveform)) for waveform in batch]

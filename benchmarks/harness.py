@@ -139,6 +139,15 @@ def publishable(wall: float, cpu: float, num_rounds: int) -> bool:
     return num_rounds >= FEWEST_ROUNDS and abs(wall - cpu) <= AGREEMENT * min(wall, cpu)
 
 
+def busiest(call: Callable[[], Any], most: int = 6) -> str:
+    """The operations that take the largest shares of a call's time, by torch's profiler, without what they call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    largest = sorted(spent, key=spent.__getitem__, reverse=True)[:most]
+    return ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in largest)
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until a GPU has done what it was given; a CPU always has."""
     if device.type == "cuda":

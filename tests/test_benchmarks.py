@@ -46,6 +46,19 @@ def test_a_ratio_is_of_best_times_by_both_clocks() -> None:
     assert (value, facts["cpu"], facts["rounds"]) == (6.0, 8.0, 2) and not published
 
 
+def test_the_busiest_operation_stands_first_with_its_share() -> None:
+    large, small = torch.randn(512, 512), torch.randn(8)
+    told = harness.busiest(lambda: [large @ large for _ in range(20)] + [small + small], most=1)
+    name, share = told.split()
+    assert name == "mm" and 50 < int(share.rstrip("%")) <= 100
+
+
+def test_one_thread_and_then_as_many_as_before() -> None:
+    before = torch.get_num_threads()
+    assert harness.in_one_thread(torch.get_num_threads)() == 1
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("wall", "cpu", "num_rounds", "published"),
     [(2.0, 2.19, 5, True), (2.0, 2.21, 5, False), (2.21, 2.0, 5, False), (2.0, 2.0, 4, False)],
