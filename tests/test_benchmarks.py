@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -298,3 +301,17 @@ def test_without_a_gpu_the_gpu_benchmarks_say_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_command.main([], small=False) == 2 and "--small" in capsys.readouterr().err
     assert gpu_command.main(["step9"], small=True) == 2 and "there are: ceiling, step1.7b" in capsys.readouterr().err
+
+
+def test_every_gpu_benchmark_runs_small_and_tells_figures() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small"]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told, lines = {}, []
+    for line in done.stdout.splitlines():
+        if ended := re.match(r"── (\S+): \d+ s, small", line):
+            told[ended[1]], lines = lines, []
+        elif re.match(r"[\w.]+  \S", line):
+            lines.append(line)
+    assert list(told) == list(gpu_command.BENCHMARKS)
+    assert all(told.values()), {name: len(figures) for name, figures in told.items()}

@@ -27,7 +27,7 @@ KEY = "bases.whisper"  # of the recipe
 MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
 NUM_BANDS = 4  # of the mel filters
 FEWEST_MEL_FRAMES = 64  # at a time: matrix products of very few columns are rounded otherwise than those of many
-CACHED_FRAMES = 3_000  # at a time on a CPU: what passes from layer to layer stays in its cache, two full windows of it
+CACHED_FRAMES = 1_600  # at a time, of each thread of a CPU: what passes from layer to layer stays in its cache
 # Of a full Whisper: model.encoder.* (WhisperForConditionalGeneration) or encoder.* (WhisperModel). Without this,
 # WhisperEncoder.from_pretrained finds none of its names and returns random weights with a mere warning.
 _KEY_MAPPING = {r"^model\.encoder\.": "", r"^encoder\.": ""}
@@ -139,7 +139,8 @@ class SpeechEncoder:
     def _forward(self, waveforms: Sequence[np.ndarray], window: Window) -> list[torch.Tensor]:
         """Frames (F_i, D) of waveforms that share a window."""
         mels = log_mels(self.extractor, waveforms, self.window, self.device, kept=window)
-        together = max(1, CACHED_FRAMES // window.num_frames) if self.device.type == "cpu" else len(mels)
+        on_cpu = self.device.type == "cpu"
+        together = max(1, CACHED_FRAMES * torch.get_num_threads() // window.num_frames) if on_cpu else len(mels)
         with torch.autocast(self.device.type, enabled=False):
             frames = [encode_mels(self.model, part.to(self.device, self.dtype)) for part in mels.split(together)]
         rows = (row for part in frames for row in part.to(FEATURE_DTYPE).cpu())
