@@ -74,3 +74,22 @@ def test_where_blocks_are_used(dtype: torch.dtype, dropout: float, in_blocks: bo
     attended = causal_attention(q.requires_grad_(), k, v, dropout)
     assert attended.shape == q.shape
     assert ("_InBlocks" in attended.grad_fn.name()) == in_blocks
+
+
+def test_compiled_around_it_no_length_is_traced_anew() -> None:
+    """As ``run.compile`` does with each layer."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Tensor]:
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(2 * q, k, v) + 1
+
+    compiled, traced = torch.compile(layer, dynamic=True, backend=count), []
+    for num_positions in (5, BLOCK + 1, 2 * BLOCK + 3, 3 * BLOCK + 7):
+        q, k, v, _ = drawn(num_positions, 4, 2, torch.bfloat16)
+        assert torch.equal(compiled(q, k, v), layer(q, k, v))
+        traced.append(len(graphs))
+    assert traced[1] == traced[3] > 0, "new lengths made new graphs"

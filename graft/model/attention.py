@@ -22,7 +22,7 @@ BLOCK = 64  # positions: more leave more of the triangle above the diagonal in, 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Queries (B, T, heads, d), keys and values (B, T, heads / G, d) -> (B, T, heads, d)."""
     if not dropout and in_blocks(q):
-        return _InBlocks.apply(q, k, v)
+        return _attend_in_blocks(q, k, v)
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -30,6 +30,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 def in_blocks(q: Tensor) -> bool:
     """Where torch's kernel is the slower one."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+@torch.compiler.disable  # the number of blocks follows from that of positions: every length would be traced anew
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _InBlocks.apply(q, k, v)
 
 
 class _InBlocks(torch.autograd.Function):
