@@ -1,8 +1,9 @@
 """Causal attention of a training step: torch's own, or on a CPU in bf16 matrix products of whole blocks.
 
-There torch's fused kernel goes back through bf16 at less than half the speed of fp32. A block of queries against all
-keys up to its last is three products and a softmax, of which the weights are made again in the backward pass. Query
-heads that share keys and values are rows of the same product.
+There the backward pass of torch's fused kernel takes longer in bf16 than in fp32: 7.7 against 5.4 ms for 4 rows of 209
+positions and 7 heads of 64 on two cores of an AMD EPYC with AVX512, and 4.4 ms in blocks. A block of queries meets all
+keys up to its last, the weights are made again in the backward pass, and query heads that share keys and values are
+rows of the same product.
 
 B: rows    T: positions    G: query heads of each head of keys    R: pairs of row and head of keys    d: size of a head
 """
