@@ -18,7 +18,7 @@ import sys
 
 from benchmarks import harness, report
 
-BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading", "e2e")
+BENCHMARKS = ("padding", "saved", "losses", "zero2", "steps", "encoding", "planning", "reading", "online", "e2e")
 PAGE = "report"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, encoding, harness, losses, mini, ours, report, saved, shapes, steps, zero2
+from benchmarks import e2e, encoding, harness, losses, mini, online, ours, report, saved, shapes, steps, zero2
 from benchmarks.gpu import __main__ as gpu_command
 from benchmarks.gpu import bench, feeding
 from benchmarks.harness import Figure, Round, Spent
@@ -315,3 +315,8 @@ def test_every_gpu_benchmark_runs_small_and_tells_figures() -> None:
             lines.append(line)
     assert list(told) == list(gpu_command.BENCHMARKS)
     assert all(told.values()), {name: len(figures) for name, figures in told.items()}
+
+
+def test_shards_pay_after_as_many_passes_as_their_making_costs() -> None:
+    assert online.after_passes(making=6.0, online=5.0, shards=2.0) == 2.0
+    assert online.after_passes(making=6.0, online=2.0, shards=2.0) == float("inf")

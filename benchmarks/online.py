@@ -1,0 +1,68 @@
+"""Features encoded on the fly beside features from shards, on a CPU: when does precomputing pay?
+
+A pass of stage 1 over the clips of :mod:`benchmarks.e2e`, on the library's feed and engine, once with ``data.features:
+online`` and once from shards; and what making the shards takes. Encoder of whisper-tiny's shape, full windows, the
+miniature of the 7B. An encoder is the dearer, the larger it is beside the language model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import harness, mini
+from benchmarks.e2e import SETTINGS, SHAPE, STACK_FACTOR, precomputed, record
+from benchmarks.harness import Figure
+from benchmarks.ours import Ours
+from benchmarks.shapes import WHISPER_TINY
+from benchmarks.whisper import random_whisper
+from benchmarks.words import template
+from graft.data.loader import FeatureSource, OnlineSource, ShardSource
+from graft.data.manifest import Manifest
+from graft.model.encoder import SpeechEncoder
+from graft.ranks import Ranks
+from graft.recipe import Data
+from graft.train.feed import Feed
+
+
+def report() -> Iterator[Figure]:
+    """How much longer a pass takes online, and after how many passes the shards have paid."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_whisper(folder / "whisper", WHISPER_TINY)
+        utterances = record(folder / "audio")
+        encoder = SpeechEncoder(str(folder / "whisper"), harness.fast_dtype())
+        manifest = Manifest(folder / "audio", utterances, [], lines=[*range(1, len(utterances) + 1)])
+        online = OnlineSource(manifest, encoder.encode, window=encoder.window)
+        shards = ShardSource(precomputed(folder / "whisper", folder / "set", utterances))
+        side = Ours(mini.graft(STACK_FACTOR, harness.fast_dtype(), SHAPE), 1, [])
+
+        def make_shards() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                precomputed(folder / "whisper", Path(made) / "set", utterances)
+
+        sides = {
+            "online": lambda: train(side, online),
+            "shards": lambda: train(side, shards),
+            "making shards": make_shards,
+        }
+        taken = harness.rounds(sides, harness.gemm_probe(SHAPE.layer_shapes, harness.fast_dtype()))
+    value, agrees, clocks = harness.ratio(taken, "online", "shards")
+    seconds = {side: min(r.spent[side].wall for r in taken) for side in sides}
+    what = f"a pass of stage 1 over {len(utterances)} clips, encoded on the fly / from shards"
+    yield Figure("online.pass", value, "x", what, published=agrees, facts={**clocks, **seconds})
+    passes = after_passes(seconds["making shards"], seconds["online"], seconds["shards"])
+    yield Figure("online.pays", passes, "passes", "after which making shards has paid", facts=seconds)
+
+
+def after_passes(making: float, online: float, shards: float) -> float:
+    """Passes over the data after which ``making`` shards and reading them took no longer than encoding in each."""
+    return making / (online - shards) if online > shards else float("inf")
+
+
+def train(side: Ours, source: FeatureSource) -> None:
+    """One pass."""
+    feed = Feed(source, template(SHAPE, STACK_FACTOR), SETTINGS, Data(), Ranks(), seed=1)
+    for inputs in feed.steps(0, feed.plan.steps_per_epoch):
+        side.step_on(inputs.micro_batches, inputs.num_label_tokens)
