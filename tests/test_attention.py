@@ -1,4 +1,4 @@
-"""Attention in blocks: the values and gradients of torch's own, and more exact in bf16."""
+"""Attention in blocks: the values and gradients of torch's own, and in bf16 about as near to the truth."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_blocks_give_torchs_values_and_gradients(num_positions: int, heads: tupl
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_in_bf16_they_are_nearer_to_the_truth_than_torchs_or_as_near() -> None:
+def test_in_bf16_about_as_near_to_the_truth_as_torchs_and_nearer_for_keys_and_values() -> None:
     given = drawn(2 * BLOCK + 5, 7, 1, torch.bfloat16)
     exact = results(by_torch, *(tensor.double() for tensor in given))
     with torch.autocast("cpu", torch.bfloat16):  # as in training
         ours, torchs = results(causal_attention, *given), results(by_torch, *given)
-    for mine, theirs, true in zip(ours, torchs, exact, strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert (mine - true).norm() <= 1.5 * (theirs - true).norm()
+    assert all(mine.dtype == torch.bfloat16 for mine in ours)
+    for mine, theirs, true, factor in zip(ours, torchs, exact, (1.5, 1.5, 1.0, 1.0), strict=True):
+        assert (mine - true).norm() <= factor * (theirs - true).norm()
         assert (mine - true).norm() <= 0.01 * true.norm()
 
 

@@ -304,8 +304,8 @@ def test_without_a_gpu_the_gpu_benchmarks_say_so(
 
 
 def test_every_gpu_benchmark_runs_small_and_tells_figures() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small"]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-m", "benchmarks.gpu", "--small"]
+    done = subprocess.run(words, cwd=harness.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     told, lines = {}, []
     for line in done.stdout.splitlines():
@@ -320,3 +320,12 @@ def test_every_gpu_benchmark_runs_small_and_tells_figures() -> None:
 def test_shards_pay_after_as_many_passes_as_their_making_costs() -> None:
     assert online.after_passes(making=6.0, online=5.0, shards=2.0) == 2.0
     assert online.after_passes(making=6.0, online=2.0, shards=2.0) == float("inf")
+
+
+def test_passes_are_told_where_both_clocks_agree() -> None:
+    spent = {"online": Spent(10.0, 20.0), "shards": Spent(4.0, 8.0), "making shards": Spent(6.0, 12.0)}
+    assert online.PASSES == 2
+    agreed = online.pays([Round(spent, Spent(1.0, 1.0))] * 5)
+    assert (agreed.value, agreed.published) == (2.0, True)
+    spent["making shards"] = Spent(6.0, 14.0)
+    assert not online.pays([Round(spent, Spent(1.0, 1.0))] * 5).published
