@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from graft.lengths import Window, WindowExceeded
+from graft.model import encoder as encoder_module
 from graft.model.encoder import SpeechEncoder, load_encoder, load_feature_extractor, log_mels, mel_settings
 
 FP32 = torch.float32
@@ -98,6 +99,22 @@ def test_frames_are_the_same_alone_and_in_a_batch(encoder: SpeechEncoder) -> Non
         alone = encoder.encode([waveform])[0]
         torch.testing.assert_close(alone, frames, rtol=2**-7, atol=1e-6)
         assert (alone != frames).float().mean() < 0.01
+
+
+def test_on_a_cpu_as_many_frames_go_in_at_a_time_as_the_cache_holds(
+    encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows, two and one: the same utterances in the same order."""
+    waveforms = [noise(3200 + 640 * number, number) for number in range(5)]
+    whole, windows = encoder.encode(waveforms), []
+    monkeypatch.setattr(encoder_module, "CACHED_FRAMES", 2 * encoder.window.num_frames)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    hook = encoder.model.register_forward_pre_hook(lambda _, inputs: windows.append(len(inputs[0])))
+    parts = encoder.encode(waveforms)
+    hook.remove()
+    assert windows == [2, 2, 1]
+    for part, frames in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, frames, rtol=2e-2, atol=2e-2)  # a step of bf16
 
 
 def test_the_seed_cut_long_audio_in_silence_and_we_do_not(base: Path, encoder: SpeechEncoder) -> None:
