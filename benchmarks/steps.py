@@ -121,16 +121,14 @@ def gemm_fraction(taken: Sequence[Round], name: str, ours: Ours) -> Figure:
 
 
 def executed(batch: Batch) -> float:
-    """GFLOP of a micro-batch's linear layers: the shared prompt once, label positions alone behind the last q, k, v.
+    """GFLOP of a micro-batch's linear layers: line positions, and label positions alone behind the last q, k, v.
 
     Attention's own products, the projector's and the adapters' are not counted, as they are not among the needed ones.
     """
-    rows, positions = batch.input_ids.shape
-    line = positions * rows - batch.num_shared * (rows - 1)
     q, _, k, v, *_ = layer = [n * m for n, m in MINI.layer_shapes]
     to_the_last = (MINI.layers - 1) * sum(layer) + q + k + v
     behind = sum(layer) - q - k - v + MINI.head_parameters
-    return 4e-9 * (to_the_last * line + behind * batch.num_label_tokens)
+    return 4e-9 * (to_the_last * len(batch.line_positions) + behind * batch.num_label_tokens)
 
 
 def probe() -> Callable[[], Spent]:

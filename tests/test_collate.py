@@ -71,6 +71,7 @@ def test_training_is_padded_on_the_right(template: PromptTemplate) -> None:
     assert batch.audio_places.tolist() == [2, 3, 4, 11]  # of 2 x 10 positions
     assert batch.audio_tokens.tolist() == [0, 1, 2, 3]  # of 2 x 3 audio tokens, the last two padding
     assert batch.label_positions.tolist() == [5, 6, 7, 8, 12, 13]  # each predicts the next one's label
+    assert batch.line_positions.tolist() == [*range(10), *range(10, 15)]  # no padding
     assert (batch.num_label_tokens, batch.num_padding, batch.num_positions, batch.num_frames) == (6, 5, 20, 6)
 
 
@@ -86,7 +87,7 @@ def test_model_inputs_of_training(template: PromptTemplate) -> None:
     batch = collate_training([sample("a", 3, "c")], template)
     assert set(batch.model_inputs()) == {
         "input_ids", "labels", "audio_features", "audio_feature_lengths",
-        "audio_places", "audio_tokens", "label_positions", "num_shared",
+        "audio_places", "audio_tokens", "label_positions", "line_positions", "num_shared",
     }  # fmt: skip
     assert batch.model_inputs()["labels"] is batch.labels
 
@@ -96,7 +97,10 @@ def test_rows_share_what_stands_before_the_audio(
     template: PromptTemplate, instructions: list[str], num_shared: int
 ) -> None:
     samples = [sample(name, 3, "c", name) for name in instructions]
-    assert collate_training(samples, template).num_shared == num_shared
+    batch = collate_training(samples, template)
+    width, end = batch.input_ids.shape[1], batch.num_positions - batch.num_padding  # the second row is the shorter one
+    assert batch.num_shared == num_shared
+    assert batch.line_positions.tolist() == [*range(width), *range(width + num_shared, end)]
 
 
 def test_a_wrong_shared_beginning(batch: Batch) -> None:

@@ -104,7 +104,7 @@ def gradients(model: AudioGraftForConditionalGeneration) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("num_shared", "computed"), [(0, 2 * 11), (3, 3 + 2 * 8)])
+@pytest.mark.parametrize(("num_shared", "computed"), [(0, 11 + 9), (3, 11 + 6)])
 def test_on_a_line_less_is_computed_and_the_gradients_are_the_same(
     tmp_path: Path, padded: dict[str, torch.Tensor], num_shared: int, computed: int
 ) -> None:
@@ -159,14 +159,43 @@ def test_a_mask_is_dropped_only_where_padding_stands_behind() -> None:
         assert unless_padded_behind(kept) is kept
 
 
+PAD = 0
+
+
 def test_rows_become_a_line_and_rows_again() -> None:
-    rows = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 7, 8]])
-    line = Line.of(rows.shape, num_shared=2, predicts=torch.tensor([2, 7, 10]))
-    assert line.join(rows).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
-    assert torch.equal(line.part(line.join(rows)), rows)
-    assert line.pick(line.join(rows)).tolist() == [[3, 6, 7]]
-    alone = Line.of(rows[:1].shape, num_shared=2, predicts=torch.tensor([3]))
-    assert alone.join(rows[:1]).data_ptr() == rows.data_ptr(), "one row shares with none: nothing is copied"
+    """Three rows that share two positions; the second is padded with two, the third with one."""
+    rows = torch.tensor([[1, 2, 3, 4, 9], [1, 2, 5, PAD, PAD], [1, 2, 7, 8, PAD]])
+    kept = torch.tensor([0, 1, 2, 3, 4, 7, 12, 13])
+    line = Line.of(rows.shape, num_shared=2, kept=kept, predicts=torch.tensor([2, 7, 13]))
+    assert line.join(rows).tolist() == [[1, 2, 3, 4, 9, 5, 7, 8]]
+    real = rows != PAD
+    assert torch.equal(line.part(line.join(rows))[real], rows[real])
+    assert line.pick(line.join(rows)).tolist() == [[3, 5, 8]]
+
+
+def test_rows_without_padding_that_share_nothing_are_not_copied() -> None:
+    rows = torch.arange(8).view(2, 4)
+    line = Line.of(rows.shape, num_shared=0, kept=torch.arange(8), predicts=torch.tensor([3, 6]))
+    assert line.join(rows).data_ptr() == line.part(line.join(rows)).data_ptr() == rows.data_ptr()
+    assert line.part(line.join(rows)).shape == rows.shape and line.pick(line.join(rows)).tolist() == [[3, 6]]
+    alone = Line.of(rows[:1].shape, num_shared=2, kept=torch.arange(4), predicts=torch.tensor([3]))
+    assert alone.join(rows[:1]).data_ptr() == rows.data_ptr(), "one row shares with none"
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_gradients_of_a_line_are_those_of_autograd(num_shared: int) -> None:
+    """In float64, against differences; padding gives none and has none."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    kept = mask.bool()
+    kept[1:, :num_shared] = False
+    kept = kept.flatten().nonzero().flatten()
+    line = Line.of(mask.shape, num_shared, kept, predicts=kept[-1:])
+    rows = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(line.join, rows)
+    joined = torch.randn(1, len(kept), 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: line.part(values) * mask[..., None], joined)
+    line.part(joined).sum().backward()
+    assert joined.grad[0, 0, 0] == (3 if num_shared else 1), "what rows share has the gradients of all of them"
 
 
 def test_names_and_weights_stay(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from graft.model import loss as module
-from graft.model.grafted import find_label_positions
+from graft.model.grafted import find_label_positions, find_line_positions
 from graft.model.loss import frozen_head_loss, summed_cross_entropy
 
 HIDDEN = 24
@@ -93,3 +93,13 @@ def test_what_is_not_finite_stays_so() -> None:
 def test_label_positions_by_hand() -> None:
     labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100], [9, -100, -100, 4]])
     assert find_label_positions(labels).tolist() == [1, 2, 4, 10]
+
+
+def test_line_positions_by_hand() -> None:
+    """The first row whole, of the others what no row before them has, and no padding but where a label is predicted."""
+    labels = torch.tensor([[-100, -100, 6, 7], [-100, -100, 8, -100], [-100, -100, -100, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    assert find_line_positions(labels, 0).tolist() == [*range(12)]
+    assert find_line_positions(labels, 1).tolist() == [0, 1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert find_line_positions(labels, 1, mask).tolist() == [0, 1, 2, 3, 5, 6, 9, 10]
+    assert mask.sum() == 9, "the mask is left as it was"

@@ -75,7 +75,7 @@ def batch(graft: Assembled) -> Batch:
 
 def told_to_look(batch: Batch) -> dict[str, Any]:
     """What a direct caller gives: the mask, and not what stands where."""
-    told = {"audio_places", "audio_tokens", "label_positions"}
+    told = {"audio_places", "audio_tokens", "label_positions", "line_positions"}
     inputs = {name: value for name, value in batch.model_inputs().items() if name not in told}
     return inputs | {"attention_mask": batch.attention_mask}
 
@@ -157,9 +157,9 @@ class Copies(TorchDispatchMode):
 def test_batches_are_copied_in_the_background(batch: Batch) -> None:
     with Copies() as copies:
         moved = batch.to("meta")
-    assert copies.non_blocking == [True] * 8
+    assert copies.non_blocking == [True] * 9
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert len(tensors) == 9 and all(tensor.device.type == "meta" for tensor in tensors)
 
 
 def test_batches_for_a_gpu_are_page_locked(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_batches_for_a_gpu_are_page_locked(batch: Batch, monkeypatch: pytest.Mon
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     batch.pin_memory()
-    assert len(pinned) == 8
+    assert len(pinned) == 9
 
 
 def test_generation_looks_for_itself(graft: Assembled) -> None:

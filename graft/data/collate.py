@@ -3,7 +3,8 @@
 Training sequences are padded on the right, prompts for generation on the left.
 
 B: utterances    T: positions    F: encoder frames    D: numbers per frame    A: audio tokens of the longest
-L: label positions    P: audio placeholders    K: different words, the pause first    U: words of the longest transcript
+L: label positions    P: audio placeholders    N: positions that are neither padding nor worked on in another row
+K: different words, the pause first    U: words of the longest transcript
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Batch:
     audio_places: (P,) into the B * T positions, where a placeholder stands; None: the model looks for them
     audio_tokens: (P,) into the B * A audio tokens, which of them stands there
     label_positions: (L,) into the B * T positions whose next label is learnt; follows from ``labels``
+    line_positions: (N,) into the B * T positions that training computes; follows from mask and ``num_shared``
 
     For a step that aligns the audio with its words (:mod:`graft.model.alignment`), all int64, else None:
     words: (K,) token ids     spoken: (B, U) numbers of ``words``, 0 behind     num_spoken: (B,), how many are real
@@ -50,6 +52,7 @@ class Batch:
     spoken: torch.Tensor | None = None
     num_spoken: torch.Tensor | None = None
     label_positions: torch.Tensor | None = field(init=False, default=None)
+    line_positions: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -73,7 +76,10 @@ class Batch:
         self._check_values()
         if self.labels is not None:
             learnt = torch.nn.functional.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # nothing follows the last
-            object.__setattr__(self, "label_positions", learnt.flatten().nonzero().flatten())
+            kept = self.attention_mask.bool()
+            kept[1:, : self.num_shared] = False
+            for name, where in {"label_positions": learnt, "line_positions": kept}.items():
+                object.__setattr__(self, name, where.flatten().nonzero().flatten())
 
     def _check_values(self) -> None:
         lengths = self.audio_feature_lengths.tolist()

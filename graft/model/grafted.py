@@ -4,9 +4,9 @@ B: rows of the batch    T: positions    N: audios in the batch, in the order of 
 training)    W: encoder windows, >= N    F: encoder frames    D: size of a frame    A: audio tokens, ceil(F / k)
 H: hidden size    V: rows of the embedding matrix    L: label positions    P: placeholders
 
-Where labels and placeholders stand follows from the values of tensors, and to look at a value is to wait for a GPU. Who
-knows beforehand (``graft/data/collate.py``) says so in ``label_positions``, ``audio_places`` and ``audio_tokens``, and
-leaves out a mask that only hides what stands behind: then nothing here waits.
+Where labels, placeholders and padding stand follows from the values of tensors, and to look at a value is to wait for a
+GPU. Who knows beforehand (``graft/data/collate.py``) says so in ``label_positions``, ``audio_places``, ``audio_tokens``
+and ``line_positions``, and leaves out a mask that only hides what stands behind: then nothing here waits.
 """
 
 from __future__ import annotations
@@ -246,6 +246,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         audio_feature_lengths: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
+        line_positions: torch.Tensor | None = None,
         num_shared: int = 0,
         words: torch.Tensor | None = None,
         spoken: torch.Tensor | None = None,
@@ -261,6 +262,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             num_items_in_batch: the loss is the sum over label positions divided by this; None: by their number.
             num_shared: the first positions that hold the same text in every row, no audio and no label: worked on once.
             label_positions: what :func:`find_label_positions` says of ``labels``, (L,); None: it is asked.
+            line_positions: (N,), likewise what :func:`find_line_positions` says of ``attention_mask``.
             words: (K,) ids, the pause first. With them the language model does not run, and the loss is the sum of
                 :func:`alignment_loss`, divided likewise; ``spoken`` (B, U) and ``num_spoken`` (B,) say what is said.
             kwargs: ``audio_places`` and ``audio_tokens`` of :meth:`AudioGraftModel.forward` among others.
@@ -274,8 +276,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             return self._align(audio_features, audio_feature_lengths, words, spoken, num_spoken, num_items_in_batch)
         places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
         plain = labels is not None and all(place is None for place in places)
-        if plain:
-            attention_mask = unless_padded_behind(attention_mask)
+        real, attention_mask = attention_mask, unless_padded_behind(attention_mask) if plain else attention_mask
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,7 +299,10 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         # before the layers run: on a GPU finding them waits, and now nothing is under way
         predicts = find_label_positions(labels) if label_positions is None else label_positions
         on_a_line = plain and attention_mask is None and not use_cache and runs_on_a_line(self.model.language_model)
-        line = Line.of(labels.shape, num_shared, predicts) if on_a_line else None
+        line = None
+        if on_a_line:
+            kept = find_line_positions(labels, num_shared, real) if line_positions is None else line_positions
+            line = Line.of(labels.shape, num_shared, kept, predicts)
         outputs = self.model(use_cache=bool(use_cache), line=line, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         hidden = hidden if on_a_line else hidden.index_select(0, predicts)
@@ -389,8 +393,25 @@ def _shared_out(loss: torch.Tensor, count: int | torch.Tensor | None, otherwise:
 
 def find_label_positions(labels: torch.Tensor) -> torch.Tensor:
     """Indices (L,) into the flattened (B * T) positions whose *next* label is to be learnt. Waits for a GPU."""
-    learnt = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # the last position of a row predicts nothing
-    return learnt.flatten().nonzero().flatten()
+    return _predicts(labels).flatten().nonzero().flatten()
+
+
+def find_line_positions(
+    labels: torch.Tensor, num_shared: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Indices (N,) into the flattened (B * T) positions of what a :class:`Line` holds. Waits for a GPU.
+
+    All that is real or predicts a label, but of the first ``num_shared``, which rows have in common, the first row's.
+    """
+    real = torch.ones_like(labels) if attention_mask is None else attention_mask
+    kept = real.bool() | _predicts(labels)
+    kept[1:, :num_shared] = False
+    return kept.flatten().nonzero().flatten()
+
+
+def _predicts(labels: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: whether the next label is learnt. The last position of a row predicts nothing."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def unless_padded_behind(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -6,10 +6,10 @@ gradients are written out by hand: cheap elementwise results are made again, and
 the passes over memory. No matrix product is computed twice, unlike with gradient checkpointing.
 
 *Computed.* Attention is causal: where all rows of a batch begin with the same prompt, the positions of that prompt are
-the same in each, and are computed once. What follows the last layer's attention is needed only where a label is.
+the same in each, and are computed once. Padding, which only makes rows of a rectangle, is computed nowhere but in
+attention. What follows the last layer's attention is needed only where a label is.
 
-B: rows    T: positions of a row    S: of these, the first that are the same in all rows    H: hidden size
-N: positions that are computed, S + B * (T - S)    L: label positions
+B: rows    T: positions of a row    H: hidden size    N: positions that are computed    L: label positions
 """
 
 from __future__ import annotations
@@ -33,37 +33,78 @@ from graft.model.attention import causal_attention
 
 @dataclass(frozen=True)
 class Line:
-    """B rows of T positions as one line of N: the shared beginning, then the rest of each row.
+    """B rows of T positions as one line of N: the shared beginning, then what is real of each row behind it.
 
-    ``wanted`` (L,) are the indices into the line whose last hidden states are asked for.
+    kept: (N,) into all B * T positions, which stands where in the line; None: all of them, in their order
+    places: (B * T,) into the line, the other way; padding, and only that, points at a place that is not its own
+    wanted: (L,) into the line, the positions whose last hidden states are asked for
     """
 
-    num_rows: int
+    shape: torch.Size
     num_shared: int
+    kept: Tensor | None
+    places: Tensor | None
     wanted: Tensor
 
     @classmethod
-    def of(cls, shape: torch.Size, num_shared: int, predicts: Tensor) -> Line:
-        """A line of rows (B, T); ``predicts`` (L,) are indices into all B * T, behind the shared beginning."""
-        num_shared = num_shared if shape[0] > 1 else 0
-        row = predicts.div(shape[1], rounding_mode="floor")
-        return cls(shape[0], num_shared, predicts - row * num_shared)
+    def of(cls, shape: torch.Size, num_shared: int, kept: Tensor, predicts: Tensor) -> Line:
+        """A line of rows (B, T): of their positions those ``kept``, in order, which are all that are real.
+
+        Of the first ``num_shared``, the same in all rows, the first row's alone are kept. ``predicts`` (L,) are indices
+        into all B * T, of positions that are kept.
+        """
+        if len(kept) == shape.numel():
+            return cls(shape, 0, None, None, predicts)
+        places = kept.new_zeros(shape.numel()).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
+        places.unflatten(0, shape)[1:, :num_shared] = places[:num_shared]
+        return cls(shape, num_shared, kept, places, places.index_select(0, predicts))
 
     def join(self, rows: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        rest = rows[:, self.num_shared :].flatten(0, 1).unsqueeze(0)
-        return torch.cat([rows[:1, : self.num_shared], rest], dim=1) if self.num_shared else rest
+        flat = rows.flatten(0, 1)
+        return (flat if self.kept is None else _Joined.apply(flat, self)).unsqueeze(0)
 
     def part(self, line: Tensor) -> Tensor:
-        """(1, N, ...) -> (B, T, ...)."""
-        rest = line[0, self.num_shared :].unflatten(0, (self.num_rows, -1))
-        if not self.num_shared:
-            return rest
-        return torch.cat([line[:, : self.num_shared].expand(self.num_rows, *[-1] * (line.ndim - 1)), rest], dim=1)
+        """(1, N, ...) -> (B, T, ...); padding has finite values of no meaning, and no gradient."""
+        flat = line.squeeze(0)
+        return (flat if self.kept is None else _Parted.apply(flat, self)).unflatten(0, self.shape)
 
     def pick(self, line: Tensor) -> Tensor:
         """(1, N, ...) -> (1, L, ...)."""
         return line.index_select(1, self.wanted)
+
+
+class _Joined(torch.autograd.Function):
+    """(B * T, ...) -> (N, ...). Autograd's own gradient would add up by index, which on a GPU is slow."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, line: Line) -> Tensor:
+        ctx.line = line
+        return rows.index_select(0, line.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        line = ctx.line
+        return grad.new_zeros(line.shape.numel(), *grad.shape[1:]).index_copy_(0, line.kept, grad), None
+
+
+class _Parted(torch.autograd.Function):
+    """(N, ...) -> (B * T, ...). The gradients of what rows share are added up, in their order."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, joined: Tensor, line: Line) -> Tensor:
+        ctx.line = line
+        return joined.index_select(0, line.places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        line = ctx.line
+        of_joined = grad.index_select(0, line.kept)
+        if line.num_shared:
+            of_joined[: line.num_shared] = grad.unflatten(0, line.shape)[:, : line.num_shared].sum(0)
+        return of_joined, None
 
 
 class LeanAttention(Qwen2VLAttention):
