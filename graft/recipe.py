@@ -180,6 +180,9 @@ class Evaluation(Settings):
     max_utterances: Positive | None = None  # of the split, during training; None: all
     batch_size: Positive = 16
     max_new_tokens: Positive = 256
+    # Where stage 1 aligned the projector: weight of what its embeddings say by themselves, beside the language model's
+    # word for it (graft/evaluation/joint.py). 0: the language model alone.
+    alignment_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     normalizer: Literal["none", "basic", "english"] = "basic"
     listening_gap: Share = 0.05  # WER that swapped audio must add, or the model is told to be deaf
 
@@ -230,6 +233,11 @@ class Recipe(Settings):
                 )
         if self.stage2.alignment_steps:
             raise ValueError("stage2.alignment_steps must stay 0: they are the first steps of stage 1")
+        if self.evaluation.alignment_weight and not self.stage1.alignment_steps:
+            raise ValueError(
+                f"evaluation.alignment_weight is {self.evaluation.alignment_weight:g}, but stage1.alignment_steps is "
+                "0: without them audio embeddings say nothing by themselves"
+            )
         for split, views in self.data.views.items():
             if split not in self.data.manifests:
                 known = ", ".join(self.data.manifests) or "none"

@@ -142,9 +142,10 @@ class Scribe:
 
     def _replies(self, heard: Sequence[Heard]) -> list[str]:
         samples = [FeatureSample(item.path, "", item.audio_features, self.instruction) for item in heard]
-        most = self.recipe.evaluation.max_new_tokens * max(item.num_windows for item in heard)
+        settings = self.recipe.evaluation
+        most = settings.max_new_tokens * max(item.num_windows for item in heard)
         with inferring(self.model, self.device, self.recipe.run.precision):
-            return generate(self.model, samples, self.template, most, self.device)[0]
+            return generate(self.model, samples, self.template, most, self.device, settings.alignment_weight)[0]
 
 
 def tell(result: Result, as_json: bool) -> None:

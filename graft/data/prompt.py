@@ -41,6 +41,7 @@ class PromptTemplate:
     pad_token_id: int
     end_ids: tuple[int, ...] = ()
     _parts: dict[str, Parts] = field(default_factory=dict, repr=False)
+    _inside: dict[int, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_processor(cls, processor: Any, system: str, instruction: str) -> PromptTemplate:
@@ -115,6 +116,13 @@ class PromptTemplate:
         """Ids of a transcript's words, each as it is inside a sentence, without pauses."""
         pause = self.pause_id
         return [token for token in self.text_ids(f" {text}") if token != pause]
+
+    def inside_id(self, token: int) -> int:
+        """What says a reply's first ``token`` inside a sentence, behind a space; itself, where that takes several."""
+        if token not in self._inside:
+            ids = self.spoken_ids(self.processor.tokenizer.decode([token]))
+            self._inside[token] = ids[0] if len(ids) == 1 else token
+        return self._inside[token]
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """Placeholders that ``num_frames`` encoder frames take."""

@@ -97,11 +97,18 @@ def evaluate(
         sources.append(SwappedSource(source, swapped_partners(source.entries, texts, SEED)))
     listeners = [
         GraftTranscriber(
-            model, each, template, max_new_tokens=settings.max_new_tokens, device=device, precision=precision
+            model,
+            each,
+            template,
+            max_new_tokens=settings.max_new_tokens,
+            device=device,
+            precision=precision,
+            alignment_weight=settings.alignment_weight,
         )
         for each in sources
     ]
     evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on)
+    evaluation.summary["alignment_weight"] = settings.alignment_weight
     for listener in listeners[1:]:
         with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio", go_on=go_on)
         evaluation = beside(evaluation, with_others, "swapped")

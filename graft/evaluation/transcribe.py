@@ -22,6 +22,7 @@ from graft.data.loader import Entry, FeatureSample, FeatureSource, Prefetcher, r
 from graft.data.plan import evaluation_share
 from graft.data.progress import Meter
 from graft.data.prompt import PromptTemplate
+from graft.evaluation.joint import Evidence, JointDecoding
 from graft.ranks import Ranks
 
 
@@ -84,12 +85,13 @@ class GraftTranscriber:
         max_new_tokens: int,
         device: torch.device | str,
         precision: str,
+        alignment_weight: float = 0.0,
         with_loss: bool = True,
     ) -> None:
         self.entries = source.entries
         self._model, self._source, self._template = model, source, template
         self._max_new_tokens, self._device, self._precision = max_new_tokens, torch.device(device), precision
-        self._with_loss = with_loss
+        self._alignment_weight, self._with_loss = alignment_weight, with_loss
 
     def read(self, indices: Sequence[int]) -> list[FeatureSample]:
         """The samples at ``indices``."""
@@ -99,7 +101,9 @@ class GraftTranscriber:
         """Transcripts of the samples, and the loss of their references."""
         with inferring(self._model, self._device, self._precision):
             loss, num_label_tokens = self._loss(batch) if self._with_loss else (0.0, 0)
-            texts, finished = generate(self._model, batch, self._template, self._max_new_tokens, self._device)
+            texts, finished = generate(
+                self._model, batch, self._template, self._max_new_tokens, self._device, self._alignment_weight
+            )
         return Answers(texts, finished, loss, num_label_tokens)
 
     def _loss(self, samples: Sequence[FeatureSample]) -> tuple[float, int]:
@@ -149,15 +153,23 @@ def generate(
     template: PromptTemplate,
     max_new_tokens: int,
     device: torch.device | str,
+    alignment_weight: float = 0.0,
 ) -> tuple[list[str], list[bool]]:
     """Greedy replies to the samples' prompts, without special tokens, and whether each came to its end.
 
-    Call it inside :func:`inferring`.
+    With ``alignment_weight`` by joint decoding, where a sample's instruction is the recipe's, to transcribe: what other
+    instructions ask for need not be what is said. Call it inside :func:`inferring`.
     """
     batch = collate_generation(samples, template).to(device)
-    settings = greedy(model, template, max_new_tokens)
-    tokens = model.generate(**_without_labels(batch.model_inputs()), generation_config=settings)
-    replies = tokens[:, batch.input_ids.shape[1] :]  # (B, T) -> what came behind the prompt
+    settings, prompt_length = greedy(model, template, max_new_tokens), batch.input_ids.shape[1]
+    processors = []
+    if alignment_weight:
+        weights = [alignment_weight * (s.instruction in (None, template.instruction)) for s in samples]
+        evidence = Evidence.of(model, batch, template.pause_id)
+        processors = [JointDecoding(evidence, template, prompt_length, settings.eos_token_id, weights)]
+    inputs = _without_labels(batch.model_inputs())
+    tokens = model.generate(**inputs, generation_config=settings, logits_processor=processors)
+    replies = tokens[:, prompt_length:]  # (B, T) -> what came behind the prompt
     texts = template.processor.tokenizer.batch_decode(replies, skip_special_tokens=True)
     ends = torch.isin(replies, torch.tensor(settings.eos_token_id, device=replies.device))
     return [text.strip() for text in texts], ends.any(dim=1).tolist()

@@ -38,7 +38,7 @@ def alignment_loss(
             hold give no loss of order, only that of size.
     """
     audio_embeds, rows = audio_embeds.float(), rows.float()
-    cosines = _directions(audio_embeds, rows) @ F.normalize(rows, dim=-1).T
+    cosines = directions(audio_embeds, rows) @ F.normalize(rows, dim=-1).T
     log_shares = F.log_softmax(SHARPNESS * cosines, dim=-1)  # (B, A, K)
     order = F.ctc_loss(
         log_shares.transpose(0, 1), spoken, num_audio_tokens, num_spoken, reduction="none", zero_infinity=True
@@ -49,17 +49,17 @@ def alignment_loss(
     return order + num_spoken * (apart * real).sum(1) / num_audio_tokens
 
 
-def _parts(log_shares: torch.Tensor) -> torch.Tensor:
-    """Parts (..., K) of rows in a mixture: most has the likeliest, the others less by the logarithm of their share."""
-    behind = log_shares.amax(-1, keepdim=True) - log_shares
-    parts = (1 - behind / AUDIBLE).clamp(min=0)
-    return parts / parts.sum(-1, keepdim=True)
-
-
-def _directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``audio_embeds`` (B, A, H) at size 1; those much smaller than a row stay so, and are like none.
 
     Silence of zeros can have an embedding of zeros: divided by its own size it would have a gradient beyond measure.
     """
     size = torch.linalg.vector_norm(audio_embeds, dim=-1, keepdim=True)
     return audio_embeds / torch.maximum(size, LEAST_SIZE * torch.linalg.vector_norm(rows, dim=-1).mean())
+
+
+def _parts(log_shares: torch.Tensor) -> torch.Tensor:
+    """Parts (..., K) of rows in a mixture: most has the likeliest, the others less by the logarithm of their share."""
+    behind = log_shares.amax(-1, keepdim=True) - log_shares
+    parts = (1 - behind / AUDIBLE).clamp(min=0)
+    return parts / parts.sum(-1, keepdim=True)

@@ -274,8 +274,8 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         """
         if words is not None:
             return self._align(audio_features, audio_feature_lengths, words, spoken, num_spoken, num_items_in_batch)
-        places = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
-        plain = labels is not None and all(place is None for place in places)
+        by_hand = (position_ids, past_key_values, image_grid_thw, video_grid_thw)  # whoever gives these may need a mask
+        plain = labels is not None and all(given is None for given in by_hand)
         real, attention_mask = attention_mask, unless_padded_behind(attention_mask) if plain else attention_mask
         inputs = dict(
             input_ids=input_ids,
@@ -299,10 +299,7 @@ class AudioGraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         # before the layers run: on a GPU finding them waits, and now nothing is under way
         predicts = find_label_positions(labels) if label_positions is None else label_positions
         on_a_line = plain and attention_mask is None and not use_cache and runs_on_a_line(self.model.language_model)
-        line = None
-        if on_a_line:
-            kept = find_line_positions(labels, num_shared, real) if line_positions is None else line_positions
-            line = Line.of(labels.shape, num_shared, kept, predicts)
+        line = _line(labels, num_shared, real, line_positions, predicts) if on_a_line else None
         outputs = self.model(use_cache=bool(use_cache), line=line, **inputs)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         hidden = hidden if on_a_line else hidden.index_select(0, predicts)
@@ -407,6 +404,18 @@ def find_line_positions(
     kept = real.bool() | _predicts(labels)
     kept[1:, :num_shared] = False
     return kept.flatten().nonzero().flatten()
+
+
+def _line(
+    labels: torch.Tensor,
+    num_shared: int,
+    attention_mask: torch.Tensor | None,
+    line_positions: torch.Tensor | None,
+    predicts: torch.Tensor,
+) -> Line:
+    if line_positions is None:
+        line_positions = find_line_positions(labels, num_shared, attention_mask)
+    return Line.of(labels.shape, num_shared, line_positions, predicts)
 
 
 def _predicts(labels: torch.Tensor) -> torch.Tensor:
