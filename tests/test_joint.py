@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,15 @@ import torch
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.evaluation import joint
+from graft.evaluation.evaluate import evaluate
 from graft.evaluation.joint import LEAST, Evidence, JointDecoding
 from graft.evaluation.transcribe import generate, inferring
 from graft.model.alignment import SHARPNESS, directions
 from graft.model.assemble import Assembled, assemble
+from graft.ranks import Ranks
+from graft.recipe import Evaluation as Settings
 from graft.recipe import load_recipe
+from tests.test_transcribe import Source
 
 PAUSE, END, PROMPT = 0, 4, [[9, 9], [9, 9]]
 ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))  # pause, three words, the end
@@ -158,6 +163,18 @@ def test_a_joint_reply_is_the_same_alone_and_in_a_batch(
     together = replies(graft, template, samples, 1.0)
     assert together == [replies(graft, template, [sample], 1.0)[0] for sample in samples]
     assert together[0] != replies(graft, template, samples, 0.0)[0], "the audio adds nothing, so this proves nothing"
+
+
+def test_an_evaluation_decodes_as_its_settings_say(
+    graft: Assembled, template: PromptTemplate, samples: list[FeatureSample], all_candidates: None
+) -> None:
+    source = Source([len(samples[0].audio_features)])
+    source.entries, source.features = [replace(source.entries[0], text="abbacc")], [samples[0].audio_features]
+    told = {"device": "cpu", "precision": "fp32", "swapped": False}
+    for weight, is_right in ((10.0, True), (0.0, False)):
+        settings = Settings(alignment_weight=weight, max_new_tokens=12)
+        summary = evaluate(graft.model, source, template, Ranks(), settings=settings, **told).summary
+        assert (summary["wer"] == 0) == is_right and summary["alignment_weight"] == weight
 
 
 def test_the_first_word_is_heard_inside_a_sentence() -> None:
