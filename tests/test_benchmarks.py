@@ -134,10 +134,10 @@ def test_a_step_holds_every_clip_once_at_its_length() -> None:
 
 
 def test_flops_executed_by_hand() -> None:
-    """Two rows of 62 that share 20: 104 positions up to the last q, k, v; 2 x 30 labels behind them."""
+    """Rows of 62 and 61 that share 20: 103 positions up to the last q, k, v; 2 x 30 labels behind them."""
     batch = mini.batch([0, 1], [8, 4], stack_factor=4)
     qkv, rest = 448 * (448 + 64 + 64), 448 * 448 + 3 * 448 * 2368
-    flops = 4 * (104 * (7 * qkv + 6 * rest) + 60 * (rest + 448 * 4752))
+    flops = 4 * (103 * (7 * qkv + 6 * rest) + 60 * (rest + 448 * 4752))
     assert steps.executed(batch) == pytest.approx(flops * 1e-9)
 
 
