@@ -13,6 +13,7 @@ import pytest
 import tiny_bases as tiny
 import torch
 
+from graft.data.collate import collate_generation
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.evaluation import joint
@@ -93,6 +94,38 @@ def test_what_the_audio_cannot_hold_is_hardly_ever_said() -> None:
     assert torch.isfinite(decoding(torch.tensor([[*PROMPT[0], 2, 2, 2]]), torch.zeros(1, 5))).all()
 
 
+def test_several_readings_are_averaged() -> None:
+    """Two utterances in two ways, which come as four."""
+    embeds, lengths = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(6)), [4, 5, 4, 5]
+    reply = torch.tensor([[*PROMPT[0], 2, 1]] * 2)
+
+    def heard(found: Evidence) -> torch.Tensor:
+        decoding = JointDecoding(found, AS_IT_IS, 2, [END], [1.0, 1.0])
+        return [decoding(reply[:, :length], torch.zeros(2, 5)) for length in (2, 3, 4)][-1]
+
+    first, second = (heard(evidence(embeds[rows], lengths[rows])) for rows in (slice(0, 2), slice(2, 4)))
+    both = heard(replace(evidence(embeds, lengths), ways=2))
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert (first - second).abs().max() > 1
+
+
+def test_audio_is_read_from_every_frame_of_a_token(tmp_path: Path) -> None:
+    folders = tiny.whisper_folder(tmp_path / "w"), tiny.qwen2_vl_folder(tmp_path / "q")
+    graft = assemble(tiny.recipe(*folders, projector={"stack_factor": 3}))
+    template = PromptTemplate.from_processor(graft.processor, "Be brief.", "Transcribe the speech.")
+    frames = torch.randn(12, tiny.WHISPER["d_model"], generator=torch.Generator().manual_seed(5)).bfloat16()
+    batch = collate_generation([FeatureSample("long", "", frames), FeatureSample("short", "", frames[:3])], template)
+    with torch.no_grad():
+        found = Evidence.of(graft.model, batch, template.pause_id)
+        later = torch.cat([frames[2:], torch.zeros_like(frames[:2])])
+        embeds = graft.model.model.project(later[None], torch.tensor([12]))
+        expected = directions(embeds.float(), graft.model.get_input_embeddings().weight)
+    assert found.ways == 3 and found.directions.shape[:2] == (6, 4)
+    torch.testing.assert_close(found.directions[4], expected[0])  # the long one's third way
+    torch.testing.assert_close(found.directions[5], found.directions[1])  # of the short one too little would be left
+    assert found.real.sum(1).tolist() == [4, 1] * 3
+
+
 def test_a_pause_in_a_reply_changes_nothing() -> None:
     embeds = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2))
     scores = []
@@ -109,7 +142,7 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> Assembled:
     """A random language model, and a linear projector."""
     folder = tmp_path_factory.mktemp("bases")
     bases = tiny.whisper_folder(folder / "w"), tiny.qwen2_vl_folder(folder / "q")
-    return assemble(tiny.recipe(*bases, projector={"kind": "linear"}))
+    return assemble(tiny.recipe(*bases, projector={"kind": "linear", "stack_factor": 1}))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,11 @@ them along the audio, that is CTC's prefix score (Watanabe et al., 2017, "Hybrid
 End-to-End Speech Recognition", algorithm 2). The language model knows what people say; the audio does not lose count of
 a word that is said three times, and holds a reply that runs away.
 
-B: utterances    A: audio tokens    H: hidden size    V: rows of the embedding matrix    C: candidates
+Where an audio token begins is arbitrary: of k stacked frames any may be the first. So the audio is read in all k ways,
+each beginning a frame later, and their logarithms are averaged.
+
+B: utterances    R: readings, k of each utterance    A: audio tokens    H: hidden size    C: candidates
+V: rows of the embedding matrix
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ LEAST = -1e4  # logarithm of what is as good as impossible; infinities have no d
 class Evidence:
     """What the audio tokens of a batch say, each for itself: log shares of the embedding matrix's rows.
 
-    directions: (B, A, H)    whole: (B, A), the logarithm of what all rows have together    rows: (V, H)
-    real: (B, A) bool, False behind an utterance's audio, where nothing is said but a pause
+    directions: (R, A, H), all utterances in the first way, then in the next    rows: (V, H)
+    whole: (R, A), the logarithm of what all rows have together
+    real: (R, A) bool, False behind an utterance's audio, where nothing is said but a pause
     """
 
     directions: Tensor
@@ -41,37 +46,48 @@ class Evidence:
     rows: Tensor
     real: Tensor
     pause: int
+    ways: int = 1
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, pause: int) -> Evidence:
         """The evidence for a batch of the graft's, in fp32 whatever the autocast."""
-        rows = model.get_input_embeddings().weight
-        audio_embeds = model.model.project(batch.audio_features, batch.audio_feature_lengths)
-        num_tokens = model.model.num_audio_tokens(batch.audio_feature_lengths)
-        real = torch.arange(audio_embeds.shape[1], device=num_tokens.device) < num_tokens.unsqueeze(1)
-        with torch.autocast(audio_embeds.device.type, enabled=False):
-            where = directions(audio_embeds.float(), rows)
-            parts = [_compared(where, part).logsumexp(-1) for part in rows.split(ROWS_AT_A_TIME)]
-        return cls(where, torch.stack(parts).logsumexp(0), rows, real, pause)
+        rows, num_frames, ways = model.get_input_embeddings().weight, batch.audio_feature_lengths, []
+        for shift in range(model.config.stack_factor):
+            features = _later(batch.audio_features, num_frames, shift)
+            audio_embeds = model.model.project(features, num_frames)
+            with torch.autocast(audio_embeds.device.type, enabled=False):
+                where = directions(audio_embeds.float(), rows)
+                parts = [_compared(where, part).logsumexp(-1) for part in rows.split(ROWS_AT_A_TIME)]
+            ways.append((where, torch.stack(parts).logsumexp(0)))
+        wheres, wholes = zip(*ways, strict=True)
+        num_tokens = model.model.num_audio_tokens(num_frames)
+        real = torch.arange(wheres[0].shape[1], device=num_tokens.device) < num_tokens.unsqueeze(1)
+        return cls(torch.cat(wheres), torch.cat(wholes), rows, real.repeat(len(ways), 1), pause, len(ways))
 
     def log_shares(self, tokens: Tensor) -> Tensor:
-        """(B, C) ids -> (B, A, C) in fp64: sums of hundreds of them are subtracted from each other."""
+        """(R, C) ids -> (R, A, C) in fp64: sums of hundreds of them are subtracted from each other."""
         with torch.autocast(self.rows.device.type, enabled=False):
             shares = (_compared(self.directions, self.rows[tokens]) - self.whole.unsqueeze(-1)).double()
         behind = torch.where(tokens == self.pause, 0.0, LEAST).double().unsqueeze(1)
         return torch.where(self.real.unsqueeze(-1), shares, behind)
 
 
+def _later(features: Tensor, num_frames: Tensor, shift: int) -> Tensor:
+    """Frames (B, F, D) without the first ``shift``, zeros behind; at least half of an utterance stays, or all of it."""
+    shifted = F.pad(features[:, shift:], (0, 0, 0, shift))
+    return torch.where((num_frames // 2 >= shift)[:, None, None], shifted, features)
+
+
 def _compared(directions: Tensor, rows: Tensor) -> Tensor:
-    """(B, A, H) with rows (..., H): the cosines that alignment trains, sharpened."""
+    """(R, A, H) with rows (..., H): the cosines that alignment trains, sharpened."""
     return SHARPNESS * directions @ F.normalize(rows.float(), dim=-1).mT
 
 
 class JointDecoding(LogitsProcessor):
     """For greedy generation: the language model's log-probabilities, and ``weights`` times what the audio adds.
 
-    A state is what the words so far leave, in logarithms: ``said`` (B, A + 1), how likely they are all said after so
-    many audio tokens, the last of them in the last one; ``paused`` (B, A + 1), the same with a pause behind.
+    A state is what the words so far leave, in logarithms: ``said`` (R, A + 1), how likely they are all said after so
+    many audio tokens, the last of them in the last one; ``paused`` (R, A + 1), the same with a pause behind.
     """
 
     def __init__(
@@ -82,36 +98,37 @@ class JointDecoding(LogitsProcessor):
         ends: Sequence[int],
         weights: Sequence[float],
     ):
-        device = evidence.rows.device
+        device, num_readings = evidence.rows.device, len(evidence.real)
         self._evidence, self._template, self._prompt_length = evidence, template, prompt_length
         self._weights = torch.tensor(weights, device=device).unsqueeze(1)  # (B, 1)
         self._ends = torch.tensor(ends, device=device)
-        self._pauses = evidence.log_shares(torch.full((len(weights), 1), evidence.pause, device=device)).squeeze(-1)
-        self._last = torch.full((len(weights),), -1, device=device)  # the word said last; none yet
+        self._pauses = evidence.log_shares(torch.full((num_readings, 1), evidence.pause, device=device)).squeeze(-1)
+        self._last = torch.full((num_readings,), -1, device=device)  # the word said last; none yet
         self._paused = F.pad(self._pauses.cumsum(1), (1, 0))
         self._said = torch.full_like(self._paused, -torch.inf)
-        self._begins = self._paused.new_zeros(len(weights))  # of all that the audio may say, what begins so
+        self._begins = self._paused.new_zeros(num_readings)  # of all that the audio may say, what begins so
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(B, T) ids so far, (B, V) logits -> (B, V)."""
-        reply = input_ids[:, self._prompt_length :]
+        reply, ways = input_ids[:, self._prompt_length :], self._evidence.ways
         if reply.shape[1]:
-            self._follow(self._words(reply[:, -1:], is_first=reply.shape[1] == 1))
+            self._follow(self._words(reply[:, -1:], is_first=reply.shape[1] == 1).repeat(ways, 1))
         scores = scores.float().log_softmax(-1)
         likeliest, candidates = scores.topk(min(CANDIDATES, scores.shape[-1]))
-        heard = self._heard(candidates, self._words(candidates, is_first=not reply.shape[1]))
+        words = self._words(candidates, is_first=not reply.shape[1])
+        heard = self._heard(candidates.repeat(ways, 1), words.repeat(ways, 1)).unflatten(0, (ways, -1)).mean(0)
         joint = likeliest + self._weights * heard.to(likeliest.dtype)
         return torch.full_like(scores, -torch.inf).scatter(1, candidates, joint)
 
     def _heard(self, candidates: Tensor, words: Tensor) -> Tensor:
-        """What each candidate (B, C) adds to the log-probability of the words so far; a pause adds nothing."""
+        """What each candidate (R, C) adds to the log-probability of the words so far; a pause adds nothing."""
         begins = (self._before(words) + self._evidence.log_shares(words)).logsumexp(1)
         ended = torch.logaddexp(self._said[:, -1:], self._paused[:, -1:])
         whole = torch.where(torch.isin(candidates, self._ends), ended, begins).clamp(min=LEAST)
         return torch.where(words == self._evidence.pause, 0.0, whole - self._begins.clamp(min=LEAST).unsqueeze(1))
 
     def _follow(self, words: Tensor) -> None:
-        """The state behind one more word (B, 1)."""
+        """The state behind one more word (R, 1)."""
         shares, before = self._evidence.log_shares(words).squeeze(-1), self._before(words).squeeze(-1)
         said = F.pad(_recurrence(before, shares), (1, 0), value=-torch.inf)
         paused = F.pad(_recurrence(said[:, :-1], self._pauses), (1, 0), value=-torch.inf)
@@ -121,7 +138,7 @@ class JointDecoding(LogitsProcessor):
         self._last = torch.where(goes_on, words, self._last.unsqueeze(1)).squeeze(1)
 
     def _before(self, words: Tensor) -> Tensor:
-        """(B, C) -> (B, A, C): how likely before each audio token all is said, and the next word may begin in it.
+        """(R, C) -> (R, A, C): how likely before each audio token all is said, and the next word may begin in it.
 
         A word that is said twice has a pause between.
         """
