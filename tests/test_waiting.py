@@ -26,6 +26,7 @@ from graft.data.collate import Batch, collate_generation, collate_training
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.model.assemble import Assembled, assemble
+from graft.model.grafted import find_label_positions, find_line_positions
 from graft.model.lean import save_less
 from graft.model.lora import add_lora
 from graft.model.trainable import select_trainable
@@ -78,6 +79,13 @@ def told_to_look(batch: Batch) -> dict[str, Any]:
     told = {"audio_places", "audio_tokens", "label_positions", "line_positions"}
     inputs = {name: value for name, value in batch.model_inputs().items() if name not in told}
     return inputs | {"attention_mask": batch.attention_mask}
+
+
+def test_the_collator_says_what_the_model_would_find(batch: Batch) -> None:
+    assert batch.num_shared > 0 and batch.num_padding > 0, "nothing to leave out, so this proves nothing"
+    assert torch.equal(batch.label_positions, find_label_positions(batch.labels))
+    found = find_line_positions(batch.labels, batch.num_shared, batch.attention_mask)
+    assert torch.equal(batch.line_positions, found)
 
 
 def loss_of(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
