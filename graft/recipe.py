@@ -134,7 +134,7 @@ class Data(Settings):
     features: Literal["shards", "online"] = "shards"
     samples_per_shard: Positive = 512
     shuffle_pool: Positive = 64  # steps whose utterances are sorted by length together; more: less padding, less chance
-    prefetch: Positive = 4  # micro-batches read ahead
+    prefetch: Positive = 4  # steps read ahead: all micro-batches of a rank
 
 
 class Stage(Settings):
@@ -191,7 +191,7 @@ class Run(Settings):
     """One training: where it writes, how often, on what."""
 
     dir: str = "runs/default"
-    seed: NotNegative = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = 1
     precision: Precision = "bf16"  # of frozen weights and of the forward pass; trained weights are fp32
     ds_config: str | None = None  # None: ds_configs/zero2.json
     ranks: Positive | None = None  # refuse to start on any other number; None: any

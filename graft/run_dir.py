@@ -113,7 +113,7 @@ def check_encoder(checkpoint: Path, fingerprint: str) -> None:
 
 def run_of(checkpoint: Path) -> Path:
     """The run folder that a checkpoint stands in."""
-    return checkpoint.parents[1]
+    return checkpoint.resolve().parents[1]
 
 
 def verify_checkpoint(checkpoint: Path) -> None:

@@ -9,19 +9,22 @@ checkpoint saved.
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "graft").is_dir():
     sys.path[0] = str(ROOT)  # a clone: the launcher puts this folder first, where evaluate.py would hide a package
 
 from graft import command
+from graft.data.audio import AudioError
 from graft.data.manifest import read_manifest
 from graft.data.prompt import PromptTemplate
 from graft.data.views import load_utterance
-from graft.evaluation.evaluate import evaluate
+from graft.evaluation.evaluate import can_be_swapped, evaluate
 from graft.evaluation.transcribe import Interrupted
 from graft.lengths import SAMPLE_RATE
 from graft.model.assemble import Assembled, assemble
@@ -33,7 +36,7 @@ from graft.run_dir import check_encoder
 from graft.sources import Sources
 from graft.tracker import NullTracker, tracker_for
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
-from graft.train.claim import beginning, claim, dress, settings_that_matter, versions
+from graft.train.claim import beginning, claim, dress, is_over, settings_that_matter, versions
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.feed import Feed
 from graft.train.guard import check_alike, inputs_of
@@ -66,26 +69,24 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
     ds_path = recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json"
     ds_config = resolve_ds_config(ds_path, stage, recipe.run.precision)
     position, checkpoint, resumed = begin(recipe, number, start_from, ds_config, ranks)
-    graft, rates = build(recipe, number, checkpoint, ranks)
+    if ranks.together(lambda: is_over(run_dir, position, stage.max_steps)):
+        LOG.info("nothing is left to do")
+        return command.DONE
+    graft, rates = build(recipe, number, checkpoint, heartbeat)
+    heartbeat.heart.works("reading what is to be trained on")
     sources = Sources(recipe, ranks, ranks.device())
     template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
     source = sources.open_mixed(recipe.data.train_split)
     feed = Feed(source, template, stage, recipe.data, ranks, recipe.run.seed + number)
     if checkpoint:
         check_encoder(checkpoint, sources.fingerprint)
-    about = {
-        "max_steps": stage.max_steps,
-        "settings": settings_that_matter(recipe, number),
-        "encoder_fingerprint": sources.fingerprint,
-        "versions": versions(),
-    }
-    shapes = {name: list(weight.shape) for name, weight in select_trainable(graft.model, number).items()}
-    check_alike(about | {"inputs": inputs_of(feed), "trained": shapes}, ranks)
+    about = agree(recipe, number, graft, sources, feed, heartbeat)
     engine = Engine(graft.model, rates, stage, ds_config, ranks)
     if resumed:
         resume_optimizer(engine, checkpoint, position)
     tracker = tracker_for(ranks, run_dir, resume_step=position.step + 1 if position.step else None)
     introduce(tracker, recipe, template, feed)
+    ranks.by_first(lambda: play(tracker, recipe))
     still_to_align = max(0, stage.alignment_steps - position.stage_step)
     loop = Loop(
         engine,
@@ -127,9 +128,11 @@ def begin(
     return position, checkpoint, resumed
 
 
-def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) -> tuple[Assembled, dict[str, float]]:
+def build(
+    recipe: Recipe, number: int, checkpoint: Path | None, heartbeat: Heartbeat
+) -> tuple[Assembled, dict[str, float]]:
     """The model with the tensors it begins with, and the peak learning rate of everything that trains."""
-    graft = ranks.together(lambda: assembled(recipe, number, checkpoint, ranks))
+    graft = heartbeat.ranks.together(lambda: assembled(recipe, number, checkpoint, heartbeat))
     stage, trained = recipe.stage(number), select_trainable(graft.model, number)
     if recipe.run.gradient_checkpointing:
         graft.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -143,11 +146,30 @@ def build(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) ->
     return graft, {name: stage.lora_learning_rate if ".lora_" in name else stage.learning_rate for name in trained}
 
 
-def assembled(recipe: Recipe, number: int, checkpoint: Path | None, ranks: Ranks) -> Assembled:
+def assembled(recipe: Recipe, number: int, checkpoint: Path | None, heartbeat: Heartbeat) -> Assembled:
     """The graft of the recipe, with the adapters of its stage and the tensors of ``checkpoint``."""
-    graft = assemble(recipe, device=ranks.device())
+    heartbeat.heart.works("reading the model")
+    graft = assemble(recipe, device=heartbeat.ranks.device())
     dress(graft.model, recipe, number, checkpoint)
+    heartbeat.heart.waits("the model is read")
     return graft
+
+
+def agree(
+    recipe: Recipe, number: int, graft: Assembled, sources: Sources, feed: Feed, heartbeat: Heartbeat
+) -> dict[str, Any]:
+    """What every checkpoint tells of itself, when all ranks have the same, and the same to train on."""
+    about = {
+        "max_steps": recipe.stage(number).max_steps,
+        "settings": settings_that_matter(recipe, number),
+        "encoder_fingerprint": sources.fingerprint,
+        "versions": versions(),
+    }
+    shapes = {name: list(weight.shape) for name, weight in select_trainable(graft.model, number).items()}
+    told = about | {"inputs": inputs_of(feed), "trained": shapes}
+    heartbeat.heart.waits("ready to train")
+    check_alike(told, heartbeat.ranks)
+    return about
 
 
 def meter(engine: Engine, graft: Assembled, recipe: Recipe, ranks: Ranks) -> StepMeter:
@@ -158,17 +180,21 @@ def meter(engine: Engine, graft: Assembled, recipe: Recipe, ranks: Ranks) -> Ste
 
 
 def introduce(tracker: NullTracker, recipe: Recipe, template: PromptTemplate, feed: Feed) -> None:
-    """Put into TensorBoard what a person looks at first: settings, one training sequence, a few sounds."""
+    """Put into TensorBoard what a person looks at first: settings and one training sequence."""
     tracker.hparams(recipe.model_dump(mode="json"), ["eval/wer", "eval/loss"])
     entry = feed.source.entries[0]
     tokens = template.num_audio_tokens(entry.num_frames)
     before, after = (template.processor.tokenizer.decode(ids) for ids in (template.before_ids, template.after_ids))
     learnt = template.processor.tokenizer.decode([*template.text_ids(entry.text), *template.end_ids])
     tracker.text(0, "data/first_utterance", f"    {before!r} [audio x {tokens}] {after!r}\n\nlearnt: `{learnt!r}`")
+
+
+def play(tracker: NullTracker, recipe: Recipe) -> None:
+    """Put a few sounds of the evaluation's split beside that. One that cannot be heard is in the set's rejects."""
     manifest = Path(recipe.data.manifests.get(recipe.evaluation.split, ""))
     for utterance in read_manifest(manifest).utterances[:NUM_CLIPS] if manifest.is_file() else []:
-        waveform = load_utterance(utterance)
-        tracker.audio(0, f"{recipe.evaluation.split}/{utterance.id}", waveform, SAMPLE_RATE)
+        with contextlib.suppress(AudioError):
+            tracker.audio(0, f"{recipe.evaluation.split}/{utterance.id}", load_utterance(utterance), SAMPLE_RATE)
 
 
 def evaluation(
@@ -180,7 +206,12 @@ def evaluation(
     heartbeat: Heartbeat,
 ) -> Evaluate:
     """What the loop calls to know how well the model transcribes."""
-    source, ranks = sources.open(recipe.evaluation.split), heartbeat.ranks
+    source, ranks, most = sources.open(recipe.evaluation.split), heartbeat.ranks, recipe.evaluation.max_utterances
+    swapped = can_be_swapped(source, recipe.evaluation, most)
+    if not swapped:
+        LOG.warning(
+            "split '%s' is evaluated without swapped audio: all its texts are the same", recipe.evaluation.split
+        )
 
     def go_on() -> bool:
         heartbeat.heart.works("evaluating")
@@ -196,9 +227,10 @@ def evaluation(
                 settings=recipe.evaluation,
                 device=ranks.device(),
                 precision=recipe.run.precision,
-                max_utterances=recipe.evaluation.max_utterances,
-                swapped=True,
+                max_utterances=most,
+                swapped=swapped,
                 go_on=go_on,
+                done=lambda: heartbeat.heart.waits("this rank's share is evaluated"),
             )
         except Interrupted:
             return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_bases as tiny
@@ -17,6 +19,7 @@ from graft.data.prompt import PromptTemplate
 from graft.model.alignment import AUDIBLE, SHARPNESS, alignment_loss
 from graft.model.assemble import Assembled, assemble
 from graft.recipe import Stage, load_recipe
+from graft.train.feed import _check_can_align
 from tests.test_feed import STAGE, a_set, feed
 
 TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
@@ -46,7 +49,7 @@ def by_hand(embeds: torch.Tensor, said: list[int]) -> float:
     return (-math.log(total) if total else 0.0) + len(said) * apart
 
 
-@pytest.mark.parametrize("said", [[1], [2, 3], [2, 2], [3, 1, 3], []])
+@pytest.mark.parametrize("said", [[1], [2, 3], [2, 2], [3, 1, 3]])
 def test_all_ways_to_say_it(said: list[int]) -> None:
     """Beside an utterance that is longer, in every respect, and counts for itself alone."""
     chance = torch.Generator().manual_seed(len(said))
@@ -64,6 +67,18 @@ def test_more_words_than_audio_tokens() -> None:
     loss = alignment_loss(embeds, torch.tensor([2]), ROWS, torch.tensor([[2, 2]]), torch.tensor([2]))
     loss.sum().backward()
     assert loss.isfinite().all() and embeds.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("others", [[[1, 2]], []])
+def test_where_nobody_knows_what_is_said_nothing_is_learnt(others: list[list[int]]) -> None:
+    """Beside an utterance that is known, and in a micro-batch of unknown ones alone."""
+    said = [*others, []]
+    embeds = torch.randn(len(said), 5, 6, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    spoken = torch.tensor([each + [0] * (len(said[0]) - len(each)) for each in said], dtype=torch.int64)
+    loss = alignment_loss(embeds, torch.tensor([5] * len(said)), ROWS, spoken, torch.tensor([*map(len, said)]))
+    loss.sum().backward()
+    assert loss[-1] == 0 and not embeds.grad[-1].any()
+    assert all(embeds.grad[i].abs().sum() > 0 for i in range(len(others)))
 
 
 def test_an_embedding_of_no_size_has_a_gradient_within_measure() -> None:
@@ -139,6 +154,15 @@ def test_what_is_said_is_numbered(graft: Assembled, template: PromptTemplate) ->
         assert not row[count:].any()
 
 
+def test_an_answer_is_not_what_is_said(graft: Assembled, template: PromptTemplate) -> None:
+    """With an instruction of its own an utterance has no words; with the recipe's, spelled out, it has."""
+    size, texts = graft.config.audio_config.d_model, {"Was that a question?": "yes", "Write.": "two", None: "one"}
+    samples = [FeatureSample(text, text, torch.ones(20, size).bfloat16(), asked) for asked, text in texts.items()]
+    batch = collate_training(samples, template, align=True)
+    assert batch.num_spoken.tolist() == [0, 3, 3]  # each byte is a token here
+    assert set(batch.words.tolist()) == {template.pause_id, *template.spoken_ids("two one")}
+
+
 def test_only_the_projector_works(graft: Assembled, template: PromptTemplate) -> None:
     """What the language model would do is never done; padding and company change no utterance's loss."""
     model = graft.model.requires_grad_(False)
@@ -173,6 +197,26 @@ def test_the_first_steps_align(tmp_path: Path, template: PromptTemplate) -> None
     stage = STAGE.model_copy(update={"alignment_steps": 2})
     steps = feed(a_set(tmp_path / "set", [61, 40, 83, 50]), template, stage).steps(0, 4)
     assert [all(b.words is not None for b in step.micro_batches) for step in steps] == [True, True, False, False]
+
+
+def test_a_set_of_answers_alone_cannot_align(
+    tmp_path: Path, template: PromptTemplate, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, folder = STAGE.model_copy(update={"alignment_steps": 2}), a_set(tmp_path / "set", [61, 40, 83, 50])
+
+    def asked(*instructions: str | None) -> None:
+        open_source = feed(folder, template, STAGE).source
+        entries = [replace(e, instruction=i) for e, i in zip(open_source.entries, instructions, strict=True)]
+        _check_can_align(SimpleNamespace(entries=entries), template)
+
+    with caplog.at_level("INFO"):
+        asked(None, "Write.", None, None)
+        assert not caplog.text
+        asked(None, "Who is it?", None, "Translate.")
+    assert "2 of 4 utterances have an instruction of their own" in caplog.text
+    with pytest.raises(ValueError, match="leave the instruction away"):
+        asked(*["Who is it?"] * 4)
+    feed(folder, template, stage)
 
 
 def test_stage_2_has_none() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from graft.ranks import Ranks
 from graft.recipe import Recipe
-from graft.run_dir import step_folder, whole_folder
-from graft.train.claim import RUN_FILE, beginning, claim
+from graft.run_dir import checkpoint_steps, step_folder, whole_folder, write_whole
+from graft.train.checkpoint import Checkpoints, Position
+from graft.train.claim import RUN_FILE, beginning, claim, is_over
 
 BASES = {"whisper": "openai/whisper-large-v3-turbo", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct"}
 
@@ -132,9 +134,43 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_stage_2_from_elsewhere_numbers_its_steps_on(tmp_path: Path) -> None:
     """At step 0 its checkpoints would stand before those of the folder's own stage 1, and be the first to go."""
     for folder, step in ((tmp_path / "run", 40), (tmp_path / "other", 7)):
-        with whole_folder(step_folder(folder, step)) as checkpoint:
-            (checkpoint / "state.json").write_text(json.dumps({"stage": 1, "step": step}))
+        saved(folder, 1, step)
     position, start = beginning(tmp_path / "run", 2, tmp_path / "other")
     assert (position.step, position.first_step, position.stage_step) == (40, 40, 0)
     assert start == step_folder(tmp_path / "other", 7)
     assert beginning(tmp_path / "fresh", 2, tmp_path / "other")[0].step == 0
+
+
+def saved(run_dir: Path, stage: int, step: int) -> None:
+    with whole_folder(step_folder(run_dir, step)) as checkpoint:
+        (checkpoint / "state.json").write_text(json.dumps({"stage": stage, "step": step}))
+
+
+def test_a_stage_is_over_when_it_is_scored_or_gone_on_from(tmp_path: Path) -> None:
+    stage_1, stage_2 = Position(1, step=40, first_step=0), Position(2, step=60, first_step=40)
+    saved(tmp_path, 1, 40)
+    assert not is_over(tmp_path, stage_1, 40), "its evaluation is still due"
+    write_whole(tmp_path / "checkpoints" / "evaluations.json", json.dumps({"1": {"40": 0.1}}))
+    assert is_over(tmp_path, stage_1, 40) and not is_over(tmp_path, stage_1, 50)
+    saved(tmp_path, 2, 60)
+    assert not is_over(tmp_path, stage_2, 20) and not is_over(tmp_path, stage_2, 30)
+    write_whole(tmp_path / "checkpoints" / "evaluations.json", "{}")
+    assert is_over(tmp_path, stage_1, 40)
+
+
+def test_a_stage_does_not_write_over_the_next_one(tmp_path: Path) -> None:
+    """Made longer, or with its last checkpoint lost: what the next stage did would be gone without a word."""
+    saved(tmp_path, 1, 30)
+    saved(tmp_path, 2, 60)
+    for step in (30, 0):
+        with pytest.raises(ValueError, match=f"stands at step {step} of 40, and the next stage has begun") as error:
+            is_over(tmp_path, Position(1, step, first_step=0), 40)
+        assert str(step_folder(tmp_path, 60)) in str(error.value)
+
+
+def test_where_a_stage_ended_stays(tmp_path: Path) -> None:
+    """The second stage saves often; the first one's end is what shows that it was finished."""
+    for stage, step in ((1, 20), (1, 40), (2, 60), (2, 80)):
+        saved(tmp_path, stage, step)
+    Checkpoints(tmp_path, Ranks(), keep=1, about={})._prune(80)
+    assert checkpoint_steps(tmp_path) == [40, 80]

@@ -21,7 +21,7 @@ from tiny_run import BEST_STEP, TEXTS, tiny_run
 from torch import nn
 
 from graft.data.prompt import PromptTemplate
-from graft.evaluation.evaluate import Evaluation, evaluate, gathered, score_transcriber, spread
+from graft.evaluation.evaluate import Evaluation, can_be_swapped, evaluate, gathered, score_transcriber, spread
 from graft.evaluation.transcribe import Answers, Hypothesis
 from graft.model.processor import CHAT_TEMPLATE
 from graft.ranks import AgreedValueError, Ranks
@@ -146,6 +146,9 @@ def test_one_text_only_cannot_show_listening(template: PromptTemplate) -> None:
     with pytest.raises(ValueError, match="1 distinct texts"):
         evaluated(["same", "Same."], template)
     assert evaluated(["same", "Same."], template, swapped=False).summary["wer"] == 0
+    assert not can_be_swapped(Source(["same", "Same."]), SETTINGS, None)
+    assert can_be_swapped(Source(["same", "other"]), SETTINGS, None)
+    assert not can_be_swapped(Source(["same", "other"]), SETTINGS, 1)
 
 
 @dataclass

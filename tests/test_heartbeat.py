@@ -25,12 +25,26 @@ def pulse(is_waiting: bool = False, beat_since: float = 0.0, moves_since: float 
 )
 def test_complaints(seen: Pulse, says: str | None) -> None:
     """With a patience of 10 s, at 100 s."""
-    trouble = seen.trouble(now=100, patience_s=10)
+    trouble = seen.trouble(now=100, patience_s=10, somebody_waits=True)
     assert trouble is None if says is None else says in seen.in_words(trouble, now=100)
+
+
+@pytest.mark.parametrize("who_waits", ["nobody", "rank 0", "rank 2"])
+def test_long_work_is_no_trouble_while_nobody_waits(who_waits: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As at the start, where all ranks read a large model."""
+    heartbeat = Heartbeat(Ranks(0, 3), stop=None, patience_s=10, timeout_s=600)  # type: ignore[arg-type]
+    if who_waits == "rank 0":
+        heartbeat.heart.waits("model read")
+    heartbeat.pulses = {1: pulse(beat_since=99), 2: pulse(is_waiting=who_waits == "rank 2", beat_since=99)}
+    for rank, seen in heartbeat.pulses.items():
+        heartbeat._tell_of(rank, seen, 100)
+    told = [message.split(" on ")[0] for message in caplog.messages]
+    assert told == {"nobody": [], "rank 0": ["rank 1", "rank 2"], "rank 2": ["rank 1"]}[who_waits]
 
 
 def test_a_slow_rank_that_falls_silent_is_told_anew(caplog: pytest.LogCaptureFixture) -> None:
     heartbeat = Heartbeat(Ranks(0, 2), stop=None, patience_s=10, timeout_s=600)  # type: ignore[arg-type]
+    heartbeat.heart.waits("step 7 read")
     for now, seen in (
         (100, pulse(beat_since=99, moves_since=95)),
         (106, pulse(beat_since=105, moves_since=95)),

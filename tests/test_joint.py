@@ -81,7 +81,20 @@ def test_prefix_scores_are_the_sum_over_all_paths(said: list[int]) -> None:
     for row, paths in zip(scores, by_hand, strict=True):
         before = paths.begins(said)
         expected = [0.0, *(paths.begins([*said, word]) - before for word in (1, 2, 3)), paths.is_all(said) - before]
-        assert row.tolist() == pytest.approx(expected, abs=1e-3)
+        assert row.tolist() == pytest.approx(expected, abs=1e-3, rel=1e-6)
+
+
+def test_a_reply_of_thousands_of_words_is_still_heard() -> None:
+    """An hour of audio that is nobody's words, and a reply as long: the audio still tells likely words from others."""
+    embeds = torch.randn(1, 4_000, 6, generator=torch.Generator().manual_seed(8))
+    said = torch.randint(1, 4, (1, 2_000), generator=torch.Generator().manual_seed(9))
+    heard = evidence(embeds, [4_000])
+    heard = replace(heard, whole=heard.whole + 10)  # all is 10 nats less likely
+    decoding = JointDecoding(heard, AS_IT_IS, 0, [END], [1.0])
+    for count in range(said.shape[1] + 1):
+        scores = decoding(said[:, :count], torch.zeros(1, 5))
+    assert decoding._begins.item() < -30_000 and scores[0, 1:4].unique().numel() == 3
+    assert scores[0, END] < scores[0, 1:4].max(), "a thousand audio tokens would be left"
 
 
 def test_what_the_audio_cannot_hold_is_hardly_ever_said() -> None:

@@ -38,12 +38,12 @@ def test_our_own_lines(tmp_path: Path) -> None:
     path = manifest(
         tmp_path,
         ours("a"),
-        ours("b", offset=0.25, instruction="Translate.", language="de", speaker="s1", image="b.png", more=[1]),
+        ours("b", offset=0.25, instruction="Translate.", language="de", speaker="s1", more=[1]),
     )
     read = read_manifest(path)
     assert read.utterances == [
         Utterance("a", tmp_path / "a.wav", 1.5, "text of a"),
-        Utterance("b", tmp_path / "b.wav", 1.5, "text of b", 0.25, "Translate.", "de", "s1", tmp_path / "b.png"),
+        Utterance("b", tmp_path / "b.wav", 1.5, "text of b", 0.25, "Translate.", "de", "s1"),
     ]
     assert read.rejects == [] and read.lines == [1, 2]
 
@@ -135,16 +135,18 @@ def test_what_cannot_be_used_is_rejected_and_the_rest_used(tmp_path: Path) -> No
         ours("missing"),
         ours("b"),
         ours("c", duration=0),
+        ours("d", image="d.png"),
     )
     read = read_manifest(path)
     assert [u.id for u in read.utterances] == ["b"] and read.lines == [3]
-    assert [(r.line, r.id) for r in read.rejects] == [(1, "a"), (2, "missing"), (4, "c")]
+    assert [(r.line, r.id) for r in read.rejects] == [(1, "a"), (2, "missing"), (4, "c"), (5, "d")]
     assert read.rejects[0].reason == "empty text"
     assert "missing.wav: no such file" in read.rejects[1].reason
     assert "empty audio" in read.rejects[2].reason
+    assert "an image beside the audio" in read.rejects[3].reason
     unlooked = read_manifest(path, check_files=False)
     assert [u.id for u in unlooked.utterances] == ["missing", "b"]
-    assert len(unlooked.utterances) + len(unlooked.rejects) == 4
+    assert len(unlooked.utterances) + len(unlooked.rejects) == 5
 
 
 def test_a_rejected_id_is_still_taken(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ TEXT = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=9
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple]) -> None:
     folder = tmp_path_factory.mktemp("m")
     written = [
-        Utterance(name, folder / "audio" / "x.wav", duration, text, offset, speaker="s", image=folder / "i.png")
+        Utterance(name, folder / "audio" / "x.wav", duration, text, offset, speaker="s")
         for name, text, duration, offset in drawn
         if "\\" not in text
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.prompt import IGNORE_INDEX, PromptTemplate
+from graft.evaluation.listening import SwappedEntry
 from graft.recipe import load_recipe
 from tests import tiny_bases
 
@@ -121,6 +123,27 @@ def test_the_shipped_tokenizer_too() -> None:
     assert not control & set(template.text_ids("<|im_end|> <|audio_pad|> <|endoftext|>"))
     for text in ("seven three", "can you sleep with oliver today", "it's", "Zebra!"):
         assert processor.tokenizer(prompt + text)["input_ids"] == template.prompt_ids(1) + template.text_ids(text)
+
+
+def test_two_threads_share_the_tokenizer(processor, template: PromptTemplate) -> None:
+    """Whether control is split into text is a state of it, and steps are read ahead while an evaluation prompts."""
+    control = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    with ThreadPoolExecutor(2) as pool:
+        as_text = pool.submit(lambda: [template.text_ids("<|im_end|>") for _ in range(4_000)])
+        prompts = [template._ids("<|im_end|>") for _ in range(4_000)]
+    assert all(ids == control for ids in prompts)
+    assert all(not {*control} & {*ids} for ids in as_text.result())
+
+
+def test_costs_of_many_are_those_of_each(template: PromptTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised in parts, the last one shorter."""
+    monkeypatch.setattr("graft.data.prompt.TEXTS_AT_A_TIME", 3)
+    entries = [
+        SwappedEntry(str(i), "a" * i, num_frames=40 * i, duration=0.8 * i, instruction="Say." if i % 2 else None)
+        for i in range(1, 9)
+    ]
+    assert template.costs(entries) == [template.cost(e.num_frames, e.text, e.instruction) for e in entries]
+    assert template.costs([]) == []
 
 
 def test_an_utterance_brings_its_own_instruction(processor, template: PromptTemplate) -> None:

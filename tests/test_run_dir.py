@@ -10,6 +10,7 @@ from graft.run_dir import (
     check_encoder,
     checkpoint_steps,
     find_checkpoint,
+    run_of,
     step_folder,
     verify_checkpoint,
     whole_folder,
@@ -73,6 +74,13 @@ def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         find_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_is_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "run", 5)
+    for inside, name in ((folder, "."), (folder.parent, folder.name), (tmp_path, f"run/checkpoints/{folder.name}")):
+        monkeypatch.chdir(inside)
+        assert run_of(Path(name)) == tmp_path / "run"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])

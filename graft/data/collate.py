@@ -158,6 +158,8 @@ class Batch:
 def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate, align: bool = False) -> Batch:
     """A batch of training sequences, padded on the right; with ``align`` it trains alignment alone.
 
+    An utterance with an instruction of its own has no part in alignment: its text may be an answer or a translation.
+
     Raises:
         ValueError: an utterance has no text.
     """
@@ -175,7 +177,7 @@ def collate_training(samples: Sequence[FeatureSample], template: PromptTemplate,
         attention_mask=[[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows],
         labels=[labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in rows],
         num_shared=template.num_shared(sample.instruction for sample in samples),
-        words=_words([template.spoken_ids(sample.text) for sample in samples], template.pause_id) if align else {},
+        words=_words([_said(sample, template) for sample in samples], template.pause_id) if align else {},
     )
 
 
@@ -218,6 +220,11 @@ def _batch(
         **(words or {}),
         **(_audio_places(rows == template.audio_token_id, num_tokens) if labels is not None else {}),
     )
+
+
+def _said(sample: FeatureSample, template: PromptTemplate) -> list[int]:
+    """What is said in the audio; nothing is known of it where another instruction asks for something else."""
+    return template.spoken_ids(sample.text) if template.asks_what_is_said(sample.instruction) else []
 
 
 def _words(transcripts: list[list[int]], pause: int) -> dict[str, torch.Tensor]:

@@ -172,6 +172,8 @@ class _Reading:
             return "empty text"
         if utterance.duration is not None and utterance.duration <= 0:
             return f"empty audio: duration {utterance.duration:g} s"
+        if utterance.image is not None:  # to learn what is said of a picture without seeing it is to learn to invent
+            return "an image beside the audio, which is not shown to the model; without the key its speech is used"
         if self.check_files and not utterance.audio_filepath.is_file():
             return f"{utterance.audio_filepath}: no such file"
         return None
@@ -270,8 +272,6 @@ def _line(utterance: Utterance, folder: Path) -> dict[str, Any]:
     line["text"] = utterance.text
     if utterance.offset:
         line["offset"] = utterance.offset
-    if utterance.image is not None:
-        line["image"] = _relative(utterance.image, folder)
     return line | utterance.extras()
 
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from os.path import commonprefix
+from threading import Lock
 from typing import Any
 
 from graft.data.loader import Entry
+from graft.data.progress import Meter
 from graft.lengths import audio_tokens
 
 IGNORE_INDEX = -100  # a label that gives no loss: torch's default
 REPLY = "reply"  # stands for the text while the template is rendered
+TEXTS_AT_A_TIME = 10_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class PromptTemplate:
     end_ids: tuple[int, ...] = ()
     _parts: dict[str, Parts] = field(default_factory=dict, repr=False)
     _inside: dict[int, int] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
     def from_processor(cls, processor: Any, system: str, instruction: str) -> PromptTemplate:
@@ -75,6 +80,10 @@ class PromptTemplate:
         """Ids between the audio and the reply, with the default instruction."""
         return self._parts_of(self.instruction).after
 
+    def asks_what_is_said(self, instruction: str | None) -> bool:
+        """Whether an utterance's text is its transcript: so it is with the recipe's own instruction."""
+        return instruction in (None, self.instruction)
+
     def num_shared(self, instructions: Iterable[str | None]) -> int:
         """Positions before the audio that begin the prompts of all ``instructions`` in the same way."""
         return len(commonprefix([self._parts_of(each or self.instruction).before for each in instructions]))
@@ -96,7 +105,7 @@ class PromptTemplate:
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a transcript. Spelled-out special tokens in it are text like any other, never control."""
-        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._tokenised([text], as_text=True)[0]
 
     @property
     def pause_id(self) -> int:
@@ -132,14 +141,17 @@ class PromptTemplate:
         """Positions of the training sequence of an utterance."""
         return self._frame_cost(num_frames, instruction) + len(self.text_ids(text))
 
-    def costs(self, entries: Sequence[Entry]) -> list[int]:
-        """:meth:`cost` of many utterances, tokenised together."""
-        if not entries:
-            return []
-        texts = self.processor.tokenizer(
-            [entry.text for entry in entries], add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
-        return [self._frame_cost(e.num_frames, e.instruction) + len(ids) for e, ids in zip(entries, texts, strict=True)]
+    def costs(self, entries: Sequence[Entry], quiet: bool = True) -> list[int]:
+        """:meth:`cost` of many utterances, tokenised some thousand together: the ids of all may not fit the memory."""
+        costs: list[int] = []
+        with Meter("counting tokens", len(entries), "utterances", quiet=quiet) as meter:
+            for first in range(0, len(entries), TEXTS_AT_A_TIME):
+                part = [entries[i] for i in range(first, min(first + TEXTS_AT_A_TIME, len(entries)))]
+                texts = self._tokenised([entry.text for entry in part], as_text=True)
+                frames = (self._frame_cost(entry.num_frames, entry.instruction) for entry in part)
+                costs += map(add, frames, map(len, texts))
+                meter.set(len(costs))
+        return costs
 
     def _frame_cost(self, num_frames: int, instruction: str | None) -> int:
         parts = self._parts_of(instruction or self.instruction)
@@ -185,7 +197,15 @@ class PromptTemplate:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply is None)
 
     def _ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenised([text], as_text=False)[0]
+
+    def _tokenised(self, texts: list[str], as_text: bool) -> list[list[int]]:
+        """Ids of each text; ``as_text`` splits spelled-out special tokens.
+
+        One caller at a time: whether to split them is a state of the tokenizer, and steps are read ahead in a thread.
+        """
+        with self._lock:
+            return self.processor.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

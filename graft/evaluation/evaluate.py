@@ -77,6 +77,7 @@ def evaluate(
     max_utterances: int | None = None,
     label: str = "evaluation",
     go_on: Callable[[], bool] = lambda: True,
+    done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Loss, WER and CER of ``model`` on ``source``, and both once more with swapped audio. Every rank must call.
 
@@ -84,13 +85,13 @@ def evaluate(
         max_utterances: score this many, evenly chosen and always the same; None: all.
         label: names the progress line.
         go_on: asked before each batch, on each rank by itself.
+        done: told when this rank has done its share, and waits for the others.
 
     Raises:
         ValueError: on every rank, if there is nothing to score, or if ``swapped`` and all texts are the same.
         Interrupted: on every rank, if ``go_on`` said no on any.
     """
-    if max_utterances is not None and max_utterances < len(source.entries):
-        source = Subset(source, spread(len(source.entries), max_utterances))
+    source = at_most(source, max_utterances)
     sources = [source]
     if swapped:  # found now, before the long part
         texts = [normalize(entry.text, settings.normalizer) for entry in source.entries]
@@ -107,10 +108,11 @@ def evaluate(
         )
         for each in sources
     ]
-    evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on)
+    evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on, done=done)
     evaluation.summary["alignment_weight"] = settings.alignment_weight
     for listener in listeners[1:]:
-        with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio", go_on=go_on)
+        told = f"{label}, swapped audio"
+        with_others = score_transcriber(listener, ranks, settings, label=told, go_on=go_on, done=done)
         evaluation = beside(evaluation, with_others, "swapped")
         gap = evaluation.summary["wer_swapped"] - evaluation.summary["wer"]
         evaluation.summary["listens"] = gap >= settings.listening_gap
@@ -124,6 +126,7 @@ def score_transcriber(
     *,
     label: str,
     go_on: Callable[[], bool] = lambda: True,
+    done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Transcribe on all ranks and score. Every rank must call; an error on one is raised on all.
 
@@ -135,7 +138,13 @@ def score_transcriber(
         raise ValueError(f"{label}: there are no utterances to score")
     started = time.perf_counter()
     batch_size = settings.batch_size
-    share = ranks.together(lambda: transcribe(transcriber, ranks, batch_size=batch_size, label=label, go_on=go_on))
+
+    def work() -> Share:
+        share = transcribe(transcriber, ranks, batch_size=batch_size, label=label, go_on=go_on)
+        done()
+        return share
+
+    share = ranks.together(work)
     if not all(ranks.gather(share.is_whole)):
         raise Interrupted(f"{label}: asked to leave")
     hypotheses = gathered(share.hypotheses, len(transcriber.entries), ranks)
@@ -143,6 +152,19 @@ def score_transcriber(
     seconds = max(ranks.gather(time.perf_counter() - started))
     whole = Share(hypotheses, loss, int(num_label_tokens))
     return _scored(transcriber.entries, whole, settings, seconds, ranks.world_size)
+
+
+def at_most(source: FeatureSource, most: int | None) -> FeatureSource:
+    """``source``, or ``most`` of its utterances, evenly chosen and always the same."""
+    if most is None or most >= len(source.entries):
+        return source
+    return Subset(source, spread(len(source.entries), most))
+
+
+def can_be_swapped(source: FeatureSource, settings: Settings, max_utterances: int | None) -> bool:
+    """Whether swapped audio proves anything: two texts at least, as they count when scored."""
+    entries = at_most(source, max_utterances).entries
+    return len({normalize(entry.text, settings.normalizer) for entry in entries}) > 1
 
 
 def gathered(mine: Sequence[Hypothesis], num_utterances: int, ranks: Ranks) -> list[Hypothesis]:

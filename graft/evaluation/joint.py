@@ -29,7 +29,9 @@ from graft.model.alignment import SHARPNESS, directions
 
 CANDIDATES = 32  # for the next token, the language model's likeliest; what is not among them is never said
 ROWS_AT_A_TIME = 16_384  # of the embedding matrix, when audio tokens are compared with all of it
-LEAST = -1e4  # logarithm of what is as good as impossible; infinities have no differences
+# Logarithm of what is impossible: infinities have no differences. An hour of speech comes to -1e6, and of a sum of a
+# hundred thousand of these fp64 still keeps hundredths.
+LEAST = -1e9
 
 
 @dataclass(frozen=True)

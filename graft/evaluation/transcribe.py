@@ -164,7 +164,7 @@ def generate(
     settings, prompt_length = greedy(model, template, max_new_tokens), batch.input_ids.shape[1]
     processors = []
     if alignment_weight:
-        weights = [alignment_weight * (s.instruction in (None, template.instruction)) for s in samples]
+        weights = [alignment_weight * template.asks_what_is_said(s.instruction) for s in samples]
         evidence = Evidence.of(model, batch, template.pause_id)
         processors = [JointDecoding(evidence, template, prompt_length, settings.eos_token_id, weights)]
     inputs = _without_labels(batch.model_inputs())

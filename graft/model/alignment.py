@@ -35,7 +35,7 @@ def alignment_loss(
         audio_embeds: (B, A, H), of which the first ``num_audio_tokens`` (B,) of each utterance are real.
         rows: (K, H) of the embedding matrix, the pause's first.
         spoken: (B, U) numbers of rows, of which the first ``num_spoken`` (B,) count. More words than audio tokens can
-            hold give no loss of order, only that of size.
+            hold give no loss of order, only that of size. No word at all means that nobody knows, and gives no loss.
     """
     audio_embeds, rows = audio_embeds.float(), rows.float()
     cosines = directions(audio_embeds, rows) @ F.normalize(rows, dim=-1).T
@@ -46,7 +46,7 @@ def alignment_loss(
     mixtures = _parts(log_shares.detach()) @ rows
     apart = (audio_embeds - mixtures).square().mean(-1) / rows.var()  # (B, A)
     real = torch.arange(apart.shape[1], device=apart.device) < num_audio_tokens.unsqueeze(1)
-    return order + num_spoken * (apart * real).sum(1) / num_audio_tokens
+    return torch.where(num_spoken > 0, order + num_spoken * (apart * real).sum(1) / num_audio_tokens, 0.0)
 
 
 def directions(audio_embeds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

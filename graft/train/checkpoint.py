@@ -112,9 +112,10 @@ class Checkpoints:
         self._prune(position.step)
 
     def _prune(self, saved: int) -> None:
-        """Keep the newest up to ``saved``; later ones are damaged or another start's."""
+        """Keep the newest up to ``saved``, and where each stage ended; later ones are damaged or another start's."""
         steps = [step for step in checkpoint_steps(self.run_dir) if step <= saved]
-        for step in sorted({*steps[: -self.keep]} - {*best_steps(self.run_dir).values()}):
+        ends = {stage_of(step_folder(self.run_dir, step)): step for step in steps}
+        for step in sorted({*steps[: -self.keep]} - {*best_steps(self.run_dir).values(), *ends.values()}):
             try:
                 remove_folder(step_folder(self.run_dir, step))
             except OSError as error:  # the new checkpoint is there, which is what matters
@@ -130,7 +131,7 @@ def newest(run_dir: Path, stage: int) -> Path | None:
     damaged: list[str] = []
     for step in reversed(checkpoint_steps(run_dir)):
         folder = step_folder(run_dir, step)
-        if _stage_of(folder) not in (stage, None):
+        if stage_of(folder) not in (stage, None):
             continue
         try:
             verify_checkpoint(folder)
@@ -146,7 +147,7 @@ def newest(run_dir: Path, stage: int) -> Path | None:
     return None
 
 
-def _stage_of(checkpoint: Path) -> int | None:
+def stage_of(checkpoint: Path) -> int | None:
     """The stage of a checkpoint, None where its state cannot be read."""
     try:
         return read_state(checkpoint)["stage"]

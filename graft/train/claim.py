@@ -16,12 +16,13 @@ from graft.run_dir import (
     best_steps,
     checkpoint_steps,
     find_checkpoint,
+    read_evaluations,
     read_state,
     step_folder,
     verify_checkpoint,
     write_whole,
 )
-from graft.train.checkpoint import Position, newest, position_of
+from graft.train.checkpoint import Position, newest, position_of, stage_of
 from graft.train.guard import differences
 
 RUN_FILE = "run.json"
@@ -97,6 +98,24 @@ def beginning(run_dir: Path, stage: int, start_from: Path | None) -> tuple[Posit
     step = _finished_step(run_dir, last)
     best = step_folder(run_dir, best_steps(run_dir).get(1, step))
     return Position(stage=2, step=step, first_step=step), _checked(best)
+
+
+def is_over(run_dir: Path, position: Position, max_steps: int) -> bool:
+    """Whether a stage has nothing left to do: it is trained to its end, and scored or gone on from.
+
+    Raises:
+        ValueError: it is not at its end, and a later stage has steps behind it, which it would write over.
+    """
+    later = [step for step in checkpoint_steps(run_dir) if step > position.step]
+    later = [step for step in later if (stage_of(step_folder(run_dir, step)) or 0) > position.stage]
+    if later and position.stage_step < max_steps:
+        raise ValueError(
+            f"stage {position.stage} of {run_dir} stands at step {position.stage_step} of {max_steps}, and the next "
+            f"stage has begun behind it: going on would write over {step_folder(run_dir, later[0])} and what was "
+            "logged since. Take another run.dir, or remove the later checkpoints"
+        )
+    is_scored = position.step in read_evaluations(run_dir).get(position.stage, {})
+    return position.stage_step >= max_steps and (bool(later) or is_scored)
 
 
 def dress(model: AudioGraftForConditionalGeneration, recipe: Recipe, stage: int, checkpoint: Path | None) -> None:

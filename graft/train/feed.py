@@ -57,7 +57,9 @@ class Feed:
         self.depth, self.seed = data.prefetch, seed
         # One beside a step on the CPU; an encoder takes them all, and so does what feeds a GPU
         self.torch_threads = None if data.features == "online" or self.pins_memory else 1
-        self.costs = template.costs(source.entries)
+        self.costs = template.costs(source.entries, quiet=not ranks.is_first)
+        if stage.alignment_steps:
+            _check_can_align(source, template)
         self.plan = Plan(
             self.costs,
             seed=seed,
@@ -107,6 +109,27 @@ class Feed:
         """Steps ``first`` .. ``last - 1``; close the iterator to stop reading ahead."""
         with Prefetcher(self.read, range(first, last), self.depth, torch_threads=self.torch_threads) as ready:
             yield from ready
+
+
+def _check_can_align(source: FeatureSource, template: PromptTemplate) -> None:
+    """Say how many utterances have no part in alignment.
+
+    Raises:
+        ValueError: none has one.
+    """
+    known = sum(template.asks_what_is_said(entry.instruction) for entry in source.entries)
+    if not known:
+        raise ValueError(
+            "stage1.alignment_steps lays transcripts along their audio, and every utterance has an instruction of its "
+            "own, whose answer need not be what is said: leave the instruction away where it is, or set 0 steps"
+        )
+    if known < len(source.entries):
+        LOG.info(
+            "%d of %d utterances have an instruction of their own and no part in alignment: what is said in them is "
+            "not known",
+            len(source.entries) - known,
+            len(source.entries),
+        )
 
 
 def _parts(source: FeatureSource, data: Data) -> list[Part]:

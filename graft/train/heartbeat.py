@@ -68,11 +68,11 @@ class Pulse:
         """Whether this rank has not answered for as long as a collective may take."""
         return now - self.beat_since > timeout_s
 
-    def trouble(self, now: float, patience_s: float) -> Trouble | None:
-        """What is wrong with this rank, if anything."""
+    def trouble(self, now: float, patience_s: float, somebody_waits: bool) -> Trouble | None:
+        """What is wrong with this rank, if anything; long work that nobody waits for is not wrong."""
         if now - self.beat_since > patience_s:
             return "silent"
-        if now - self.moves_since > patience_s and not self.is_waiting:
+        if now - self.moves_since > patience_s and somebody_waits and not self.is_waiting:
             return "still"
         return None
 
@@ -165,7 +165,8 @@ class Heartbeat:
 
     def _tell_of(self, rank: int, pulse: Pulse, now: float) -> None:
         """Say it when a rank's trouble begins, turns into another, or is over."""
-        trouble = pulse.trouble(now, self.patience_s)
+        somebody_waits = self.heart.is_waiting or any(each.is_waiting for each in list(self.pulses.values()))
+        trouble = pulse.trouble(now, self.patience_s, somebody_waits)
         if trouble != self._told.get(rank):
             self._tell(f"rank {rank} {pulse.in_words(trouble, now) if trouble else 'goes on'}")
         self._told[rank] = trouble

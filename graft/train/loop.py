@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from graft.data.chance import Chance
 from graft.recipe import Recipe, Stage
 from graft.tracker import NullTracker
 from graft.train.checkpoint import Checkpoints, Position
@@ -92,8 +93,8 @@ class Loop:
     def _step(self, inputs: StepInput, num_label_tokens: int, position: Position) -> StepResult:
         self.heartbeat.heart.works(f"computing step {position.step + 1}")
         share = self._share_of_peak(position.stage_step)
-        first_seed = (self.recipe.run.seed << 40) + (position.step << 16)
-        seeds = [first_seed + number for number in inputs.numbers]  # of a micro-batch, on whatever rank it is
+        key = "dropout", self.recipe.run.seed, position.step
+        seeds = [Chance(*key, number).below(1 << 63) for number in inputs.numbers]  # on whatever rank it is
         told = self.heartbeat.heart, self.meter.phases
         result = train_step(self.engine, inputs.micro_batches, seeds, num_label_tokens, share, *told)
         position.step += 1
