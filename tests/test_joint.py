@@ -234,6 +234,20 @@ def test_the_first_word_is_heard_inside_a_sentence() -> None:
     assert all(template.inside_id(end) == end for end in template.end_ids)
 
 
+def test_a_part_of_a_character_is_no_word() -> None:
+    """Its bytes decode to the sign for what is no character, and of that a vocabulary may well have a token."""
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return {7: "\ufffd", 8: "one"}[ids[0]]
+
+        def __call__(self, texts: list[str], **_: bool) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[{" ": 1, " one": 3, " \ufffd": 5}[text]] for text in texts]}
+
+    template = PromptTemplate(SimpleNamespace(tokenizer=Tokenizer()), "", "", 4, audio_token_id=0, pad_token_id=0)
+    assert (template.inside_id(7), template.inside_id(8)) == (7, 3)
+
+
 def test_without_alignment_there_is_no_evidence() -> None:
     tiny_recipe = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
     with pytest.raises(ValueError, match=r"alignment_weight is 0\.5, but stage1\.alignment_steps is 0"):

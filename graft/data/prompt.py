@@ -23,6 +23,7 @@ from graft.lengths import audio_tokens
 IGNORE_INDEX = -100  # a label that gives no loss: torch's default
 REPLY = "reply"  # stands for the text while the template is rendered
 TEXTS_AT_A_TIME = 10_000
+NO_CHARACTER = "\ufffd"  # what bytes decode to that are none
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,14 @@ class PromptTemplate:
         return [token for token in self.text_ids(f" {text}") if token != pause]
 
     def inside_id(self, token: int) -> int:
-        """What says a reply's first ``token`` inside a sentence, behind a space; itself, where that takes several."""
+        """What says a reply's first ``token`` inside a sentence, behind a space; itself, where that takes several.
+
+        A part of a character's bytes is no text, and stays what it is.
+        """
         if token not in self._inside:
-            ids = self.spoken_ids(self.processor.tokenizer.decode([token]))
-            self._inside[token] = ids[0] if len(ids) == 1 else token
+            text = self.processor.tokenizer.decode([token])
+            ids = self.spoken_ids(text)
+            self._inside[token] = ids[0] if len(ids) == 1 and NO_CHARACTER not in text else token
         return self._inside[token]
 
     def num_audio_tokens(self, num_frames: int) -> int:
