@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.data.augment import mask_frames, shift_frames
+from graft.data.augment import mask_frames, mix_voices, shift_frames
 
 
 def masked_frames(features: torch.Tensor) -> list[bool]:
@@ -55,3 +55,47 @@ def test_every_shift_is_drawn_and_the_key_decides() -> None:
     assert all(shifts.count(n) > 30 for n in range(4))  # 50 each, within three standard deviations
     assert shifts == [sum(masked_frames(shift_frames(features, 3, (1, epoch, "a", 0)))) for epoch in range(200)]
     assert shifts != [sum(masked_frames(shift_frames(features, 3, (1, epoch, "b", 0)))) for epoch in range(200)]
+
+
+def voices(*shapes: tuple[float, float], num_frames: int = 40) -> list[torch.Tensor]:
+    """Utterances (F, 2) of given mean and spread."""
+    chance = torch.Generator().manual_seed(4)
+    made = []
+    for i, (mean, spread) in enumerate(shapes):
+        frames = torch.randn(num_frames + i, 2, generator=chance)
+        made.append((frames - frames.mean(0)) / frames.std(0, correction=0) * spread + mean)
+    return made
+
+
+def test_a_voice_is_another_one_by_the_share_that_is_drawn() -> None:
+    """Of two voices: mean and spread lie on one line between them, as far for one as for the other; words stay."""
+    own = voices((1.0, 2.0), (5.0, 0.5))
+    shares = []
+    for seed in range(200):
+        (mixed, _) = mix_voices(own, 0.8, [(seed, 1), (seed, 2)])
+        share = (mixed.mean() - 1) / 4
+        shares.append(share.item())
+        torch.testing.assert_close(mixed.std(0, correction=0), torch.full((2,), 2 - 1.5 * share.item()))
+        assert torch.corrcoef(torch.stack([mixed[:, 0], own[0][:, 0]]))[0, 1] > 0.9999
+    lent = [share for share in shares if share > 1e-6]
+    assert 70 < len(lent) < 130, "one of two lends"
+    assert max(lent) < 0.8 and sum(share > 0.4 for share in lent) > 0.3 * len(lent)
+
+
+def test_voices_follow_from_the_key() -> None:
+    own = voices((1.0, 2.0), (5.0, 0.5), (-3.0, 1.0))
+    keys = [(1, 2, name, 0) for name in "abc"]
+    first = mix_voices(own, 1.0, keys)
+    assert all(map(torch.equal, first, mix_voices(own, 1.0, keys)))
+    assert not torch.equal(first[0], mix_voices(own, 1.0, [(1, 3, "a", 0), *keys[1:]])[0])
+    assert torch.equal(first[1], mix_voices(own, 1.0, [(1, 3, "a", 0), *keys[1:]])[1])
+    assert all(map(torch.allclose, own, voices((1.0, 2.0), (5.0, 0.5), (-3.0, 1.0)))), "the features were changed"
+
+
+def test_a_voice_alone_and_a_number_that_never_changes() -> None:
+    still = torch.tensor([[1.0, 3.0], [2.0, 3.0]], dtype=torch.bfloat16)
+    (alone,) = mix_voices([still], 1.0, [(1,)])
+    assert alone.dtype == torch.bfloat16 and torch.equal(alone, still)
+    for seed in range(20):
+        for mixed in mix_voices([still, still + 4], 1.0, [(seed, 1), (seed, 2)]):
+            assert mixed.isfinite().all() and mixed[0, 1] == mixed[1, 1]

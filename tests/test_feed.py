@@ -35,13 +35,14 @@ def template() -> PromptTemplate:
     return PromptTemplate.from_processor(make_processor(tiny_bases.tokenizer()), SYSTEM, INSTRUCTION)
 
 
-def a_set(folder: Path, sizes: list[int]) -> ShardSource:
-    """Utterances u0, u1, ... of these many frames, all of them ones."""
+def a_set(folder: Path, sizes: list[int], step: int = 0) -> ShardSource:
+    """Utterances u0, u1, ... of these many frames, all of them ones; with ``step``, each so much above the last."""
     description = replace(DESCRIPTION, samples_per_shard=len(sizes))
     (folder / "parts").mkdir(parents=True)
     with ShardWriter(folder, description, 0) as writer:
         for number, size in enumerate(sizes):
-            writer.add(Utterance(f"u{number}", Path("none.wav"), None, "x" * number + "y"), torch.ones(size, D), 320)
+            frames = torch.full((size, D), 1.0 + step * number)
+            writer.add(Utterance(f"u{number}", Path("none.wav"), None, "x" * number + "y"), frames, 320)
     merge_parts(folder, description, [writer.part], [])
     return ShardSource(FeatureSet.open(folder))
 
@@ -151,6 +152,26 @@ def test_shifts_leave_budgets_and_placeholders_as_they_are(clean: ShardSource, t
     for ours, theirs in zip(before.micro_batches, after.micro_batches, strict=True):
         assert torch.equal(ours.input_ids, theirs.input_ids)
         assert torch.equal(ours.audio_feature_lengths, theirs.audio_feature_lengths)
+
+
+def test_voices_are_the_same_on_any_number_of_ranks(template: PromptTemplate, tmp_path: Path) -> None:
+    """They come from the micro-batch, which is the same wherever it is read; nothing but frames differs."""
+    source = a_set(tmp_path / "set", NUM_FRAMES, step=1)
+    plain = STAGE.model_copy(update={"time_masks": 0})
+    stage = plain.model_copy(update={"voice_mixing": 1.0})
+    changed: dict[int, list[bool]] = defaultdict(list)  # by the number of utterances in the micro-batch
+    for step in range(8):
+        shared = [feed(source, template, stage, ranks=Ranks(rank, 3, rank)).read(step) for rank in range(3)]
+        there = {
+            number: batch for each in shared for number, batch in zip(each.numbers, each.micro_batches, strict=True)
+        }
+        alone, as_they_are = (feed(source, template, each).read(step) for each in (stage, plain))
+        for number, ours, unmixed in zip(alone.numbers, alone.micro_batches, as_they_are.micro_batches, strict=True):
+            assert torch.equal(ours.audio_features, there[number].audio_features)
+            assert torch.equal(ours.audio_feature_lengths, unmixed.audio_feature_lengths)
+            assert torch.equal(ours.input_ids, unmixed.input_ids)
+            changed[len(ours.ids)].append(not torch.equal(ours.audio_features, unmixed.audio_features))
+    assert not any(changed.pop(1)) and any(chain.from_iterable(changed.values()))
 
 
 def test_no_masks(clean: ShardSource, template: PromptTemplate) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from graft.data.augment import mask_frames, shift_frames
+from graft.data.augment import mask_frames, mix_voices, shift_frames
 from graft.data.collate import Batch, collate_training
 from graft.data.loader import FeatureSample, FeatureSource, MixedSource, Prefetcher, read_samples
 from graft.data.plan import Part, Plan, cut_step, rank_share
@@ -90,6 +90,9 @@ class Feed:
     def _samples(self, uses: Sequence[tuple[int, int]], epoch: int) -> list[FeatureSample]:
         samples = read_samples(self.source, [utterance for utterance, _ in uses])
         keys = [(self.seed, epoch, s.id, number) for s, (_, number) in zip(samples, uses, strict=True)]
+        if self.stage.voice_mixing:
+            mixed = mix_voices([sample.audio_features for sample in samples], self.stage.voice_mixing, keys)
+            samples = [replace(s, audio_features=frames) for s, frames in zip(samples, mixed, strict=True)]
         return [self._augmented(sample, key) for sample, key in zip(samples, keys, strict=True)]
 
     def _augmented(self, sample: FeatureSample, key: tuple[int | str, ...]) -> FeatureSample:
