@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,11 +29,15 @@ class AgreedValueError(ValueError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among ``world_size``; ``local_rank`` counts within its machine."""
+    """One process among ``world_size``; ``local_rank`` counts within its machine.
+
+    ``waiting`` surrounds every collective: whoever tells the others what this rank does learns that it waits for them.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    waiting: Callable[[], AbstractContextManager] = field(default=nullcontext, compare=False, repr=False, kw_only=True)
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -64,7 +69,8 @@ class Ranks:
         if self.world_size == 1:
             return [float(value) for value in values]
         total = torch.tensor(list(values), dtype=torch.float64)  # on the CPU: counts do not wait for a GPU
-        dist.all_reduce(total)
+        with self.waiting():
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -72,13 +78,15 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            with self.waiting():
+                dist.barrier()
 
     def together(self, work: Callable[[], Result]) -> Result:
         """The result of ``work``; if it fails on any rank it fails on all, so that none waits for one that is gone.

@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the phases; 0, or the exit code of the one that failed."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = Path(recipe.run.dir)
-    ranks = torch.cuda.device_count() if on_gpu() else CPU_RANKS
+    ranks = number_of_ranks(recipe)
     seconds: dict[str, float] = {}
     for phase in phases(recipe, arguments, ranks):
         print(f"\n── {phase.name}", flush=True)
@@ -64,6 +64,12 @@ def main(arguments: argparse.Namespace) -> int:
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     show(summary, run_dir)
     return command.DONE
+
+
+def number_of_ranks(recipe: Recipe) -> int:
+    """The GPUs of this machine, or two ranks on its CPU; never more than a step of the recipe has micro-batches."""
+    there = torch.cuda.device_count() if on_gpu() else CPU_RANKS
+    return min(there, recipe.stage1.micro_batches, recipe.stage2.micro_batches)
 
 
 def phases(recipe: Recipe, arguments: argparse.Namespace, ranks: int) -> Iterator[Phase]:

@@ -36,7 +36,7 @@ from graft.run_dir import check_encoder
 from graft.sources import Sources
 from graft.tracker import NullTracker, tracker_for
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
-from graft.train.claim import beginning, claim, dress, is_over, settings_that_matter, versions
+from graft.train.claim import beginning, check_is_ours, claim, dress, is_over, settings_that_matter, versions
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.feed import Feed
 from graft.train.guard import check_alike, inputs_of
@@ -68,10 +68,10 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
     run_dir, stage, ranks = Path(recipe.run.dir), recipe.stage(number), heartbeat.ranks
     ds_path = recipe.run.ds_config or ROOT / "ds_configs" / "zero2.json"
     ds_config = resolve_ds_config(ds_path, stage, recipe.run.precision)
-    position, checkpoint, resumed = begin(recipe, number, start_from, ds_config, ranks)
-    if ranks.together(lambda: is_over(run_dir, position, stage.max_steps)):
-        LOG.info("nothing is left to do")
+    begun = begin(recipe, number, start_from, ds_config, ranks)
+    if begun is None:
         return command.DONE
+    position, checkpoint, resumed = begun
     graft, rates = build(recipe, number, checkpoint, heartbeat)
     heartbeat.heart.works("reading what is to be trained on")
     sources = Sources(recipe, ranks, ranks.device())
@@ -80,10 +80,12 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
     feed = Feed(source, template, stage, recipe.data, ranks, recipe.run.seed + number)
     if checkpoint:
         check_encoder(checkpoint, sources.fingerprint)
-    about = agree(recipe, number, graft, sources, feed, heartbeat)
+    about = agree(recipe, number, graft, sources, feed, ranks)
+    heartbeat.heart.works("starting the engine")
     engine = Engine(graft.model, rates, stage, ds_config, ranks)
     if resumed:
         resume_optimizer(engine, checkpoint, position)
+    heartbeat.heart.works("opening what is written")
     tracker = tracker_for(ranks, run_dir, resume_step=position.step + 1 if position.step else None)
     introduce(tracker, recipe, template, feed)
     ranks.by_first(lambda: play(tracker, recipe))
@@ -107,16 +109,23 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
 
 def begin(
     recipe: Recipe, number: int, start_from: Path | None, ds_config: dict, ranks: Ranks
-) -> tuple[Position, Path | None, bool]:
-    """Claim the run directory; the position, the checkpoint to begin with, and whether this goes on from it."""
+) -> tuple[Position, Path | None, bool] | None:
+    """Claim the run directory; the position, the checkpoint to begin with, and whether this goes on from it.
+
+    None where nothing is left to do: then, and where the run is refused, the folder stays as it is.
+    """
     run_dir = Path(recipe.run.dir)
     if recipe.run.ranks not in (None, ranks.world_size):
         raise ValueError(
             f"the recipe asks for {recipe.run.ranks} ranks (run.ranks) and {ranks.world_size} were started: "
             "a hostfile that is not found makes deepspeed start on this machine alone"
         )
-    ranks.by_first(lambda: claim(run_dir, recipe, number, ds_config))
+    ranks.by_first(lambda: check_is_ours(run_dir, recipe, number))
     position, checkpoint = ranks.together(lambda: beginning(run_dir, number, start_from))
+    if ranks.together(lambda: is_over(run_dir, position, recipe.stage(number).max_steps)):
+        LOG.info("stage %d is at its end in %s: nothing is left to do", number, checkpoint)
+        return None
+    ranks.by_first(lambda: claim(run_dir, recipe, number, ds_config))
     resumed = checkpoint is not None and position.stage_step > 0
     LOG.info(
         "stage %d, %s, %d rank%s",
@@ -151,13 +160,10 @@ def assembled(recipe: Recipe, number: int, checkpoint: Path | None, heartbeat: H
     heartbeat.heart.works("reading the model")
     graft = assemble(recipe, device=heartbeat.ranks.device())
     dress(graft.model, recipe, number, checkpoint)
-    heartbeat.heart.waits("the model is read")
     return graft
 
 
-def agree(
-    recipe: Recipe, number: int, graft: Assembled, sources: Sources, feed: Feed, heartbeat: Heartbeat
-) -> dict[str, Any]:
+def agree(recipe: Recipe, number: int, graft: Assembled, sources: Sources, feed: Feed, ranks: Ranks) -> dict[str, Any]:
     """What every checkpoint tells of itself, when all ranks have the same, and the same to train on."""
     about = {
         "max_steps": recipe.stage(number).max_steps,
@@ -166,9 +172,7 @@ def agree(
         "versions": versions(),
     }
     shapes = {name: list(weight.shape) for name, weight in select_trainable(graft.model, number).items()}
-    told = about | {"inputs": inputs_of(feed), "trained": shapes}
-    heartbeat.heart.waits("ready to train")
-    check_alike(told, heartbeat.ranks)
+    check_alike(about | {"inputs": inputs_of(feed), "trained": shapes}, ranks)
     return about
 
 
@@ -230,7 +234,6 @@ def evaluation(
                 max_utterances=most,
                 swapped=swapped,
                 go_on=go_on,
-                done=lambda: heartbeat.heart.waits("this rank's share is evaluated"),
             )
         except Interrupted:
             return None

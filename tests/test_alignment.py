@@ -161,6 +161,8 @@ def test_an_answer_is_not_what_is_said(graft: Assembled, template: PromptTemplat
     batch = collate_training(samples, template, align=True)
     assert batch.num_spoken.tolist() == [0, 3, 3]  # each byte is a token here
     assert set(batch.words.tolist()) == {template.pause_id, *template.spoken_ids("two one")}
+    answers = collate_training(samples[:1], template, align=True)
+    assert graft.model(**answers.model_inputs(), num_items_in_batch=1, use_cache=False).loss == 0
 
 
 def test_only_the_projector_works(graft: Assembled, template: PromptTemplate) -> None:

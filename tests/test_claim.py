@@ -158,6 +158,11 @@ def test_a_stage_is_over_when_it_is_scored_or_gone_on_from(tmp_path: Path) -> No
     assert is_over(tmp_path, stage_1, 40)
 
 
+def test_a_stage_does_not_go_back(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stands at step 30, and max_steps is 20"):
+        is_over(tmp_path, Position(1, step=30, first_step=0), 20)
+
+
 def test_a_stage_does_not_write_over_the_next_one(tmp_path: Path) -> None:
     """Made longer, or with its last checkpoint lost: what the next stage did would be gone without a word."""
     saved(tmp_path, 1, 30)

@@ -82,6 +82,27 @@ def test_a_heart_counts_its_moves() -> None:
     assert (heart.place, heart.is_waiting, heart.moves) == ("read", True, 2)
 
 
+def test_a_rank_waits_inside_of_a_collective() -> None:
+    """And goes on with what it was at, a move further."""
+    heartbeat = Heartbeat(Ranks(1, 2), stop=None, patience_s=60, timeout_s=600)  # type: ignore[arg-type]
+    heart, seen = heartbeat.heart, []
+    heart.works("reading")
+    with heartbeat.ranks.waiting():
+        seen.append((heart.place, heart.is_waiting, heart.moves))
+    seen.append((heart.place, heart.is_waiting, heart.moves))
+    assert seen == [("reading", True, 1), ("reading", False, 2)] and heartbeat.ranks == Ranks(1, 2)
+
+
+@pytest.mark.parametrize("collective", ["sum", "gather", "barrier"])
+def test_every_collective_tells(collective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Heartbeat(Ranks(1, 2), stop=None, patience_s=60, timeout_s=600)  # type: ignore[arg-type]
+    seen: list[bool] = []
+    for name in ("all_reduce", "all_gather_object", "barrier"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_: seen.append(heartbeat.heart.is_waiting))
+    getattr(heartbeat.ranks, collective)(*([[1.0]] if collective != "barrier" else []))
+    assert seen == [True] and not heartbeat.heart.is_waiting
+
+
 def test_alone_there_is_no_launcher() -> None:
     """Nothing above pytest is DeepSpeed's: whoever ends a shell does not end a training."""
     assert len(_ancestors(2)) == 2 and _launchers() == []

@@ -107,6 +107,16 @@ def test_what_the_audio_cannot_hold_is_hardly_ever_said() -> None:
     assert torch.isfinite(decoding(torch.tensor([[*PROMPT[0], 2, 2, 2]]), torch.zeros(1, 5))).all()
 
 
+def test_where_the_audio_can_hold_nothing_the_language_model_decides() -> None:
+    """Two audio tokens, two words said, and the end is not among the candidates: all of them are impossible to hear."""
+    embeds = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(2))
+    decoding = JointDecoding(evidence(embeds, [2]), AS_IT_IS, 2, [7], [1.0])
+    logits = torch.tensor([[-90.0, 0.1, 0.3, 0.2, 0.0]])
+    for words in ([], [1], [1, 3]):
+        scores = decoding(torch.tensor([PROMPT[0] + words]), logits)
+    assert scores[0, 1:].argsort(descending=True).tolist() == [1, 2, 0, 3]
+
+
 def test_several_readings_are_averaged() -> None:
     """Two utterances in two ways, which come as four."""
     embeds, lengths = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(6)), [4, 5, 4, 5]

@@ -161,10 +161,12 @@ def test_a_sound_that_cannot_be_heard_stops_no_training(tmp_path: Path, monkeypa
 
 def test_a_finished_stage_has_nothing_left_to_do(straight: Path, words: list[str], run_launcher: Command) -> None:
     """What was logged since, by whichever stage, stays."""
-    metrics = straight / "metrics.jsonl"
-    before = metrics.read_bytes()
-    outcome = run_launcher(TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={straight}", timeout_s=400)
-    assert "nothing is left to do" in outcome.stdout and metrics.read_bytes() == before
+    names = ("metrics.jsonl", "recipe.yaml", "run.json")
+    before = [(straight / name).read_bytes() for name in names]
+    more = [f"run.dir={straight}", "evaluation.max_new_tokens=7"]
+    outcome = run_launcher(TRAIN, RECIPE, "--stage", "1", *words, *more, timeout_s=400)
+    assert "nothing is left to do" in outcome.stdout
+    assert [(straight / name).read_bytes() for name in names] == before
 
 
 @pytest.mark.faults

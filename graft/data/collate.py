@@ -72,7 +72,7 @@ class Batch:
         assert len({tensor is None for tensor in said}) == 1, "words, spoken and num_spoken go together"
         if self.words is not None:
             assert len(self.spoken) == len(self.num_spoken) == len(self.ids), f"spoken {tuple(self.spoken.shape)}"
-            assert self.spoken.max() < len(self.words), f"word {int(self.spoken.max())} of {len(self.words)}"
+            assert (self.spoken < len(self.words)).all(), f"word {int(self.spoken.max())} of {len(self.words)}"
         self._check_values()
         if self.labels is not None:
             learnt = torch.nn.functional.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # nothing follows the last

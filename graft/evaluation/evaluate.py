@@ -77,7 +77,6 @@ def evaluate(
     max_utterances: int | None = None,
     label: str = "evaluation",
     go_on: Callable[[], bool] = lambda: True,
-    done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Loss, WER and CER of ``model`` on ``source``, and both once more with swapped audio. Every rank must call.
 
@@ -85,7 +84,6 @@ def evaluate(
         max_utterances: score this many, evenly chosen and always the same; None: all.
         label: names the progress line.
         go_on: asked before each batch, on each rank by itself.
-        done: told when this rank has done its share, and waits for the others.
 
     Raises:
         ValueError: on every rank, if there is nothing to score, or if ``swapped`` and all texts are the same.
@@ -108,11 +106,10 @@ def evaluate(
         )
         for each in sources
     ]
-    evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on, done=done)
+    evaluation = score_transcriber(listeners[0], ranks, settings, label=label, go_on=go_on)
     evaluation.summary["alignment_weight"] = settings.alignment_weight
     for listener in listeners[1:]:
-        told = f"{label}, swapped audio"
-        with_others = score_transcriber(listener, ranks, settings, label=told, go_on=go_on, done=done)
+        with_others = score_transcriber(listener, ranks, settings, label=f"{label}, swapped audio", go_on=go_on)
         evaluation = beside(evaluation, with_others, "swapped")
         gap = evaluation.summary["wer_swapped"] - evaluation.summary["wer"]
         evaluation.summary["listens"] = gap >= settings.listening_gap
@@ -126,7 +123,6 @@ def score_transcriber(
     *,
     label: str,
     go_on: Callable[[], bool] = lambda: True,
-    done: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Transcribe on all ranks and score. Every rank must call; an error on one is raised on all.
 
@@ -138,13 +134,7 @@ def score_transcriber(
         raise ValueError(f"{label}: there are no utterances to score")
     started = time.perf_counter()
     batch_size = settings.batch_size
-
-    def work() -> Share:
-        share = transcribe(transcriber, ranks, batch_size=batch_size, label=label, go_on=go_on)
-        done()
-        return share
-
-    share = ranks.together(work)
+    share = ranks.together(lambda: transcribe(transcriber, ranks, batch_size=batch_size, label=label, go_on=go_on))
     if not all(ranks.gather(share.is_whole)):
         raise Interrupted(f"{label}: asked to leave")
     hypotheses = gathered(share.hypotheses, len(transcriber.entries), ranks)

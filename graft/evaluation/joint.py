@@ -111,15 +111,15 @@ class JointDecoding(LogitsProcessor):
         self._begins = self._paused.new_zeros(num_readings)  # of all that the audio may say, what begins so
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """(B, T) ids so far, (B, V) logits -> (B, V)."""
+        """(B, T) ids so far, (B, V) logits -> (B, V) in fp64."""
         reply, ways = input_ids[:, self._prompt_length :], self._evidence.ways
         if reply.shape[1]:
             self._follow(self._words(reply[:, -1:], is_first=reply.shape[1] == 1).repeat(ways, 1))
-        scores = scores.float().log_softmax(-1)
+        scores = scores.double().log_softmax(-1)  # beside what is impossible to hear fp32 would lose all of them
         likeliest, candidates = scores.topk(min(CANDIDATES, scores.shape[-1]))
         words = self._words(candidates, is_first=not reply.shape[1])
         heard = self._heard(candidates.repeat(ways, 1), words.repeat(ways, 1)).unflatten(0, (ways, -1)).mean(0)
-        joint = likeliest + self._weights * heard.to(likeliest.dtype)
+        joint = likeliest + self._weights * heard
         return torch.full_like(scores, -torch.inf).scatter(1, candidates, joint)
 
     def _heard(self, candidates: Tensor, words: Tensor) -> Tensor:

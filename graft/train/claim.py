@@ -44,12 +44,11 @@ def settings_that_matter(recipe: Recipe, stage: int) -> dict[str, Any]:
     return kept | ({"lora": tree["lora"]} if stage == 2 else {})
 
 
-def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) -> None:
-    """Make ``run_dir`` this run's, and write down what is run. Called by rank 0 alone.
+def check_is_ours(run_dir: Path, recipe: Recipe, stage: int) -> dict[str, Any]:
+    """What the runs of ``run_dir`` were, by stage: this one, or none.
 
     Raises:
-        ValueError: if the folder holds another run, with the settings that differ, or something else altogether, or
-            cannot be written.
+        ValueError: if the folder holds another run, with the settings that differ, or something else altogether.
     """
     claimed = _claimed(run_dir)
     ours = settings_that_matter(recipe, stage)
@@ -58,8 +57,18 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
     if differing:
         told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
         raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
+    return claimed
+
+
+def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) -> None:
+    """Make ``run_dir`` this run's, and write down what is run. Called by rank 0 alone.
+
+    Raises:
+        ValueError: as :func:`check_is_ours`, or if the folder cannot be written.
+    """
+    claimed = check_is_ours(run_dir, recipe, stage) | {str(stage): settings_that_matter(recipe, stage)}
     try:
-        write_whole(run_dir / RUN_FILE, json.dumps(claimed | {str(stage): ours}, indent=2) + "\n")
+        write_whole(run_dir / RUN_FILE, json.dumps(claimed, indent=2) + "\n")
         write_whole(run_dir / "recipe.yaml", recipe.as_yaml())
         write_whole(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
@@ -113,6 +122,11 @@ def is_over(run_dir: Path, position: Position, max_steps: int) -> bool:
             f"stage {position.stage} of {run_dir} stands at step {position.stage_step} of {max_steps}, and the next "
             f"stage has begun behind it: going on would write over {step_folder(run_dir, later[0])} and what was "
             "logged since. Take another run.dir, or remove the later checkpoints"
+        )
+    if position.stage_step > max_steps:
+        raise ValueError(
+            f"stage {position.stage} of {run_dir} stands at step {position.stage_step}, and max_steps is {max_steps}: "
+            "a stage does not go back. Take as many at least, or another run.dir"
         )
     is_scored = position.step in read_evaluations(run_dir).get(position.stage, {})
     return position.stage_step >= max_steps and (bool(later) or is_scored)

@@ -10,13 +10,15 @@ collective of gloo keeps its timeout.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -50,6 +52,16 @@ class Heart:
         """Say that this rank has done its part and waits for the others'."""
         self.place, self.is_waiting = place, True
         self.moves += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank waits for the others; behind, it goes on with what it was at."""
+        before, self.is_waiting = self.is_waiting, True
+        try:
+            yield
+        finally:
+            self.is_waiting = before
+            self.moves += 1
 
 
 @dataclass
@@ -93,8 +105,12 @@ class Heartbeat:
     """
 
     def __init__(self, ranks: Ranks, stop: StopRequest, patience_s: float, timeout_s: float) -> None:
-        """After ``patience_s`` a silent rank is named, after ``timeout_s`` this process ends for it."""
-        self.heart, self.ranks, self.stop = Heart(), ranks, stop
+        """After ``patience_s`` a silent rank is named, after ``timeout_s`` this process ends for it.
+
+        ``self.ranks`` are ``ranks`` whose collectives tell that this rank waits: use those.
+        """
+        self.heart, self.stop = Heart(), stop
+        self.ranks = replace(ranks, waiting=self.heart.waiting)
         self.patience_s, self.timeout_s = patience_s, timeout_s
         self.pulses: dict[int, Pulse] = {}
         self._told: dict[int, Trouble | None] = {}
