@@ -1,7 +1,7 @@
 """What every command has in common: arguments, logging, exit codes.
 
 Exit codes: 0 done; 1 a fault of ours or of the machine; 2 the user's input or recipe; 75 stopped on request with
-a checkpoint saved (EX_TEMPFAIL of sysexits.h: run the same command again to go on).
+all that was done saved (EX_TEMPFAIL of sysexits.h: run the same command again to go on).
 """
 
 from __future__ import annotations

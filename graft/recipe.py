@@ -202,7 +202,7 @@ class Run(Settings):
     log_utterances: bool = False  # the ids of every step, in utterances.jsonl
     stop_after: Positive | None = None  # save and stop, to be continued, after this many steps of this start
     checkpoint_every: Positive = 500
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # besides the best
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # besides the best of each stage and its last
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder layer
     start_timeout_s: Rate = 300  # for all ranks to come

@@ -5,7 +5,7 @@
     deepspeed --hostfile hosts launch/train.py my.yaml --stage 1 stage1.learning_rate=5e-4 --profile
 
 Run the same command again and it goes on where it stopped, on any number of ranks. Exit code 75: stopped on request,
-checkpoint saved.
+all that was trained is saved.
 """
 
 import argparse

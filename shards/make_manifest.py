@@ -39,6 +39,7 @@ LOG = logging.getLogger("graft.make_manifest")
 
 SOUND_FILES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"}  # what libsndfile reads
 Found = Utterance | Reject
+Numbered = tuple[int, Found]  # by its line in a table or manifest, from 1, or by its place
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FSDD_NAME = re.compile(r"(\d)_([^_]+)_(\d+)")  # digit, speaker, index
@@ -53,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not source.exists():
         raise ValueError(f"{source} does not exist")
     found = COLLECTORS[arguments.form](source, arguments)
-    found = _without_twins([_with_duration(item, number) for number, item in enumerate(track(found, "headers"), 1)])
+    found = _without_twins([(number, _with_duration(item, number)) for number, item in track(found, "headers")])
     utterances = [item for item in found if isinstance(item, Utterance)]
     rejects = [item for item in found if isinstance(item, Reject)]
     rejects_path = output.with_suffix(".rejects.jsonl")
@@ -64,34 +65,35 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"nothing in {source} can be used; {rejects_path} says why")
 
 
-def from_folder(source: Path, arguments: argparse.Namespace) -> list[Found]:
+def from_folder(source: Path, arguments: argparse.Namespace) -> list[Numbered]:
     """Sound files below ``source``, each with its transcript in ``<name>.txt`` or in a ``*.trans.txt`` beside it."""
     del arguments
     sounds = sorted(path for path in source.rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
     if not sounds:
         raise ValueError(f"{source} holds no sound files ({', '.join(sorted(SOUND_FILES))})")
     listed = {folder: _trans_txt(folder) for folder in {path.parent for path in sounds}}
-    return [_of_folder(path, source, listed[path.parent], number) for number, path in enumerate(sounds, 1)]
+    return [(number, _of_folder(path, source, listed[path.parent], number)) for number, path in enumerate(sounds, 1)]
 
 
-def from_jsonl(source: Path, arguments: argparse.Namespace) -> list[Found]:
+def from_jsonl(source: Path, arguments: argparse.Namespace) -> list[Numbered]:
     """The lines of a manifest in any of the key names that are read."""
     del arguments
     manifest = read_manifest(source)
     found = [*zip(manifest.lines, manifest.utterances, strict=True), *((r.line, r) for r in manifest.rejects)]
-    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+    return sorted(found, key=lambda pair: pair[0])
 
 
-def from_kaldi(source: Path, arguments: argparse.Namespace) -> list[Found]:
+def from_kaldi(source: Path, arguments: argparse.Namespace) -> list[Numbered]:
     """A Kaldi data folder. Its ``wav.scp`` must name files: commands (``... |``) and archives are refused."""
     del arguments
     recordings = {key: _kaldi_path(source, key, value) for key, value in _table(source / "wav.scp").items()}
     texts = _table(source / "text")
     speakers = _table(source / "utt2spk") if (source / "utt2spk").is_file() else {}
-    segments = _table(source / "segments") if (source / "segments").is_file() else {key: key for key in recordings}
+    is_cut = (source / "segments").is_file()
+    segments = _table(source / "segments") if is_cut else dict.fromkeys(recordings, "")
     found: list[Found] = []
     for number, (key, segment) in enumerate(segments.items(), 1):
-        recording, start, end = _segment(source, key, segment)
+        recording, start, end = _segment(source, key, segment) if is_cut else (key, 0.0, None)
         if recording not in recordings:
             found.append(Reject(number, key, f"recording '{recording}' is not in wav.scp"))
         elif not clean_text(texts.get(key, "")):
@@ -101,10 +103,11 @@ def from_kaldi(source: Path, arguments: argparse.Namespace) -> list[Found]:
             path, text = recordings[recording], clean_text(texts[key])
             found.append(Utterance(key, path, duration, text, offset=start, speaker=speakers.get(key)))
     unheard = [key for key in texts if key not in segments]
-    return found + [Reject(len(found) + n, key, "text without audio") for n, key in enumerate(unheard, 1)]
+    found += [Reject(len(found) + n, key, "text without audio") for n, key in enumerate(unheard, 1)]
+    return list(enumerate(found, 1))
 
 
-def from_fsdd(source: Path, arguments: argparse.Namespace) -> list[Found]:
+def from_fsdd(source: Path, arguments: argparse.Namespace) -> list[Numbered]:
     """Connected digits; writes their sound files into the folder ``<output without suffix>``."""
     recordings = _select(_recordings(source), arguments)
     output = Path(arguments.output)
@@ -119,7 +122,7 @@ def from_fsdd(source: Path, arguments: argparse.Namespace) -> list[Found]:
     planned = list(_connect(short, arguments.seed, arguments.passes, arguments.max_seconds))
     for name, group, pauses in track(planned, "joining"):
         found.append(_join(folder / f"{name}.flac", f"{output.stem}-{name}", group, pauses))
-    return found
+    return list(enumerate(found, 1))
 
 
 def _with_duration(item: Found, number: int) -> Found:
@@ -136,11 +139,11 @@ def _with_duration(item: Found, number: int) -> Found:
     return item if item.duration is not None else replace(item, duration=round(rest, 6))
 
 
-def _without_twins(found: Sequence[Found]) -> list[Found]:
+def _without_twins(found: Sequence[Numbered]) -> list[Found]:
     """``found`` with every later utterance of an id that was used before as a reject."""
     seen: set[str] = set()
     kept: list[Found] = []
-    for number, item in enumerate(found, 1):
+    for number, item in found:
         is_twin = isinstance(item, Utterance) and item.id in seen
         kept.append(Reject(number, item.id, f"{item.audio_filepath}: id used before") if is_twin else item)
         seen.add(item.id)
@@ -199,14 +202,14 @@ def _kaldi_path(source: Path, key: str, value: str) -> Path:
 
 
 def _segment(source: Path, key: str, segment: str) -> tuple[str, float, float | None]:
-    """(recording, start, end) in seconds; a whole recording is a segment without times."""
-    recording, *times = segment.split()
-    if not times:
-        return recording, 0.0, None
+    """(recording, start, end) in seconds; an end of None is the recording's."""
     try:
-        start, end = (float(time) for time in times[:2])
+        recording, start, end = segment.split()[:3]
+        start, end = float(start), float(end)
     except ValueError:
-        raise ValueError(f"{source / 'segments'}: '{key}' has times {times}, expected start and end in s") from None
+        raise ValueError(
+            f"{source / 'segments'}: '{key}' has {segment!r} behind it, expected a recording, its start and end in s"
+        ) from None
     if end >= 0 and end <= start:
         raise ValueError(f"{source / 'segments'}: '{key}' ends at {end:g} s, before its start at {start:g} s")
     return recording, start, end if end >= 0 else None  # Kaldi writes -1 for the end of the recording

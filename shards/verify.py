@@ -38,7 +38,17 @@ from graft import command
 from graft.data.cache import GB, Cache, RemoteFiles
 from graft.data.fetch import origin_of
 from graft.data.progress import Meter, clock
-from graft.data.shard_format import INDEX, PARTS, DamagedShard, FeatureSet, SampleEntry, SetFiles, decode, digest_of
+from graft.data.shard_format import (
+    INDEX,
+    PARTS,
+    REJECTS,
+    DamagedShard,
+    FeatureSet,
+    SampleEntry,
+    SetFiles,
+    decode,
+    digest_of,
+)
 from graft.recipe import Data
 
 BLOCK = 1 << 22  # bytes read at once
@@ -99,7 +109,7 @@ def verify_set(where: Path | SetFiles) -> Verified:
         verified.faults.append(str(error))
         return verified
     if isinstance(where, Path):
-        verified.faults += strangers(where, feature_set.index)
+        verified.faults += strangers(where, feature_set.index) + lost_rejects(where, feature_set.index)
     _read_shards(feature_set, verified)
     return verified
 
@@ -112,6 +122,16 @@ def strangers(folder: Path, index: Mapping[str, Any]) -> list[str]:
         for path in sorted(folder.glob("*.tar"))
         if path.name not in known
     ]
+
+
+def lost_rejects(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """Where the list of what was not used is not as long as the index says."""
+    path = folder / REJECTS
+    there = len(path.read_bytes().splitlines()) if path.is_file() else None
+    if there == index["num_rejects"]:
+        return []
+    what = "is not there" if there is None else f"has {there} lines"
+    return [f"{path} {what}, the index counts {index['num_rejects']} rejects: make the set anew to have their list"]
 
 
 def _read_shards(feature_set: FeatureSet, verified: Verified) -> None:

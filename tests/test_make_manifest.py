@@ -144,6 +144,20 @@ def test_kaldi_recordings(tmp_path: Path) -> None:
     assert "no such file" in told["u3"] and told["u4"] == "empty text" and told["u5"] == "text without audio"
 
 
+def test_rejects_are_numbered_by_their_lines(tmp_path: Path) -> None:
+    """Whatever made them one: the manifest's own check, or the sound file."""
+    sound(tmp_path / "good.wav", 1.0)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    said = [("good", "hello"), ("good2", " "), ("broken", "there")]
+    source = tmp_path / "in.jsonl"
+    told = [json.dumps({"id": name, "audio_filepath": f"{name.rstrip('2')}.wav", "text": text}) for name, text in said]
+    source.write_text("\n\n" + "\n".join(told) + "\n")
+    output = tmp_path / "m.jsonl"
+    make("jsonl", source, "--output", output)
+    rejects = [json.loads(line) for line in (tmp_path / "m.rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["id"]) for reject in rejects] == [(4, "good2"), (5, "broken")]
+
+
 def test_kaldi_segments(tmp_path: Path) -> None:
     sound(tmp_path / "data" / "long.wav", 3.0)
     source = kaldi(
@@ -171,7 +185,12 @@ def test_kaldi_segments(tmp_path: Path) -> None:
         ({"wav_scp": "u1\n", "text": "u1 a\n"}, "expected the path of a sound file"),
         ({"wav_scp": "u1 a.wav\nu1 b.wav\n", "text": "u1 a\n"}, "wav.scp:2: 'u1' is there twice"),
         ({"wav_scp": "u1 a.wav\n"}, "text does not exist"),
-        ({"wav_scp": "r a.wav\n", "segments": "s1 r 1.0 x\n", "text": "s1 a\n"}, "expected start and end in s"),
+        (
+            {"wav_scp": "r a.wav\n", "segments": "s1 r 1.0 x\n", "text": "s1 a\n"},
+            "expected a recording, its start and end",
+        ),
+        ({"wav_scp": "r a.wav\n", "segments": "s1\n", "text": "s1 a\n"}, "segments: 's1' has '' behind it"),
+        ({"wav_scp": "r a.wav\n", "segments": "s1 r\n", "text": "s1 a\n"}, "segments: 's1' has 'r' behind it"),
         ({"wav_scp": "r a.wav\n", "segments": "s1 r 2.0 1.0\n", "text": "s1 a\n"}, "before its start"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command
 
 from corpus import few_utterances
+from graft.recipe import load_recipe
 
 SHORT = [
     "stage1.max_steps=100",
@@ -19,6 +22,22 @@ SHORT = [
     "evaluation.every=100",
     "evaluation.max_utterances=10",
 ]
+
+
+@pytest.mark.parametrize(("gpus", "micro_batches", "ranks"), [(0, 2, 2), (1, 2, 1), (8, 2, 2), (8, 16, 8), (0, 1, 1)])
+def test_ranks_are_no_more_than_micro_batches(
+    gpus: int, micro_batches: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of eight GPUs runs the shipped recipe, which has two."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
+    spec = importlib.util.spec_from_file_location("launch_quickstart", ROOT / "launch" / "quickstart.py")
+    command = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, command)
+    spec.loader.exec_module(command)
+    monkeypatch.setattr(command, "on_gpu", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    settings = [f"{stage}.micro_batches={micro_batches}" for stage in ("stage1", "stage2")]
+    assert command.number_of_ranks(load_recipe(ROOT / "recipes" / "tiny.yaml", settings)) == ranks
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 
 from graft.data.cache import Cache, RemoteFiles
 from graft.data.fetch import Patience, origin_of
+from graft.data.shard_format import REJECTS
 from graft.data.shard_writer import ShardWriter, merge_parts
 from shards.verify import _arguments, find_sets, main, verify_set
 from tests.file_server import error, serving
@@ -85,6 +86,16 @@ def test_all_damaged_shards_are_named(folder: Path) -> None:
         (folder / name).write_bytes(data)
     faults = verify_set(folder).faults
     assert len(faults) == 2 and "odd-000000.tar" in faults[0] and "odd-000002.tar" in faults[1]
+
+
+def test_the_list_of_rejects_is_part_of_a_set(folder: Path) -> None:
+    path = folder / REJECTS
+    path.write_text(path.read_text() + '{"line": 9, "id": "x", "reason": "y"}\n')
+    (fault,) = verify_set(folder).faults
+    assert f"{path} has " in fault and "make the set anew" in fault
+    path.unlink()
+    (fault,) = verify_set(folder).faults
+    assert f"{path} is not there" in fault
 
 
 def test_an_unfinished_set_is_a_fault(folder: Path) -> None:
