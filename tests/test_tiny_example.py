@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -42,21 +44,25 @@ def test_no_voice_and_no_sentence_is_in_two_splits() -> None:
 
 def test_manifests_are_true_and_all_is_small() -> None:
     for split in SPLITS:
-        named = {line["audio_filepath"] for line in lines(split)}
+        ends: dict[str, int] = {}  # in samples
+        for line in lines(split):
+            start, length = (round(line.get(key, 0) * 16_000) for key in ("offset", "duration"))
+            assert start == ends.get(line["audio_filepath"], 0), "one utterance follows the other"
+            ends[line["audio_filepath"]] = start + length
         there = {path.relative_to(TINY / "corpus").as_posix() for path in (TINY / "corpus/audio" / split).iterdir()}
-        assert named == there
-        for line in Random(split).sample(lines(split), 20):
-            info = soundfile.info(TINY / "corpus" / line["audio_filepath"])
+        assert set(ends) == there
+        for name in Random(split).sample(sorted(ends), 20):
+            info = soundfile.info(TINY / "corpus" / name)
             assert info.samplerate == 16_000 and info.channels == 1
-            assert info.frames / 16_000 == pytest.approx(line["duration"], abs=1e-4)
+            assert info.frames == ends[name]
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < MOST_BYTES
 
 
 def test_pretraining_hears_nothing_of_the_corpus() -> None:
-    from pretrain_whisper import plan_pretraining
+    from make_corpus import NUM_PRETRAINING, plan_pretraining
     from voices import VARIANTS, draw_voice
 
-    plans = plan_pretraining(300, seed=1)
+    plans = plan_pretraining(NUM_PRETRAINING, seed=1)
     assert not {plan.text for plan in plans} & {line["text"] for split in SPLITS for line in lines(split)}
     heard = {draw_voice(plan.voices, Random(plan.seed)).variant for plan in plans}
     assert not heard & {*VARIANTS["valid"], *VARIANTS["test"]}
@@ -70,6 +76,23 @@ def test_the_corpus_is_what_its_script_plans() -> None:
         assert [(line["id"], line["text"]) for line in lines(split)] == [(plan.id, plan.text) for plan in plans]
         speakers = [draw_voice(plan.voices, Random(plan.seed)).speaker for plan in plans]
         assert [line["speaker"] for line in lines(split)] == speakers
+
+
+def test_a_piece_of_a_file_is_the_utterance_it_is_said_to_be() -> None:
+    """Read by its offset, an utterance is what espeak-ng spoke and Opus kept, and not its neighbour."""
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed")
+    from make_corpus import plan_corpus
+    from speech_set import read_manifest
+    from voices import draw_voice, synthesise
+
+    heard = read_manifest(TINY / "corpus" / "train.jsonl")
+    plans = plan_corpus(seed=1)["train"]
+    for number in (0, 57, 1_299, 3_399):
+        waveform, text = heard.utterance(number)
+        spoken = synthesise(plans[number].text, draw_voice("train", Random(plans[number].seed)))
+        assert text == plans[number].text and len(waveform) == len(spoken)
+        assert np.corrcoef(waveform, spoken)[0, 1] > 0.8
 
 
 def test_an_invented_voice_is_the_same_everywhere() -> None:
@@ -210,8 +233,6 @@ def test_lessons_go_from_repeating_to_murmurs_to_chats() -> None:
 
 
 def test_joined_utterances_fit_the_window() -> None:
-    import numpy as np
-
     from augmentation import Augmentation
     from speech_set import SpeechSet, joined
     from whisper_pretraining import draw_from

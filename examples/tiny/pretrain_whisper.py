@@ -20,8 +20,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 
 from augmentation import Augmentation
-from grammar import sentences
-from make_corpus import HERE, Plan, plan_corpus, texts_of
+from make_corpus import HERE, NUM_PRETRAINING, Plan, plan_pretraining
 from speech_set import SpeechSet, load_cache, read_manifest, save_cache
 from voices import draw_voice, synthesise
 from whisper_base import make_config, make_generation_config, make_tokenizer
@@ -40,12 +39,6 @@ AUGMENTATION = Augmentation(
     band_masks=1,
     band_mask_bins=8,
 )
-
-
-def plan_pretraining(count: int, seed: int) -> list[Plan]:
-    """Train voices, and sentences that are in no split of the corpus."""
-    texts = sentences(count, Random(f"{seed}/pretraining/sentences"), texts_of(plan_corpus(seed)))
-    return [Plan(str(i), text, "train", f"{seed}/pretraining/{i}") for i, text in enumerate(texts)]
 
 
 def speak(plan: Plan) -> np.ndarray:
@@ -77,7 +70,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus")
     parser.add_argument("--output", type=Path, default=HERE / "whisper")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "runs" / "tiny-whisper")
-    parser.add_argument("--utterances", type=int, default=16_000)
+    parser.add_argument("--utterances", type=int, default=NUM_PRETRAINING)
     parser.add_argument("--steps", type=int, default=2_200)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

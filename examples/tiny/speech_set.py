@@ -42,9 +42,11 @@ def read_manifest(path: Path) -> SpeechSet:
         raise ValueError(f"{path} does not exist: make the corpus first, with examples/tiny/make_corpus.py")
     result = SpeechSet()
     for line in map(json.loads, path.read_text().splitlines()):
-        waveform, sample_rate = soundfile.read(path.parent / line["audio_filepath"], dtype="float32")
-        if sample_rate != SAMPLE_RATE:
-            raise ValueError(f"{line['audio_filepath']} is {sample_rate} Hz, expected {SAMPLE_RATE} Hz")
+        with soundfile.SoundFile(path.parent / line["audio_filepath"]) as file:
+            if file.samplerate != SAMPLE_RATE:
+                raise ValueError(f"{line['audio_filepath']} is {file.samplerate} Hz, expected {SAMPLE_RATE} Hz")
+            file.seek(round(line.get("offset", 0) * SAMPLE_RATE))
+            waveform = file.read(round(line["duration"] * SAMPLE_RATE), dtype="float32")
         result.append(waveform, line["text"])
     return result
 
