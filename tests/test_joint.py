@@ -18,7 +18,7 @@ from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.evaluation import joint
 from graft.evaluation.evaluate import evaluate
-from graft.evaluation.joint import LEAST, Evidence, JointDecoding
+from graft.evaluation.joint import LEAST, Evidence, JointDecoding, all_ways
 from graft.evaluation.transcribe import generate, inferring
 from graft.model.alignment import SHARPNESS, directions
 from graft.model.assemble import Assembled, assemble
@@ -118,18 +118,24 @@ def test_where_the_audio_can_hold_nothing_the_language_model_decides() -> None:
 
 
 def test_several_readings_are_averaged() -> None:
-    """Two utterances in two ways, which come as four."""
+    """Two utterances in two ways, which come as four: by the language model, and by the audio, where it has a say."""
     embeds, lengths = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(6)), [4, 5, 4, 5]
-    reply = torch.tensor([[*PROMPT[0], 2, 1]] * 2)
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(7))
+    reply = torch.tensor([[*PROMPT[0], 2, 1]] * 4)
 
-    def heard(found: Evidence) -> torch.Tensor:
-        decoding = JointDecoding(found, AS_IT_IS, 2, [END], [1.0, 1.0])
-        return [decoding(reply[:, :length], torch.zeros(2, 5)) for length in (2, 3, 4)][-1]
+    def heard(found: Evidence, logits: torch.Tensor, *weights: float) -> torch.Tensor:
+        decoding = JointDecoding(found, AS_IT_IS, 2, [END], weights)
+        return [decoding(reply[: len(logits), :length], logits) for length in (2, 3, 4)][-1]
 
-    first, second = (heard(evidence(embeds[rows], lengths[rows])) for rows in (slice(0, 2), slice(2, 4)))
-    both = heard(replace(evidence(embeds, lengths), ways=2))
-    torch.testing.assert_close(both, (first + second) / 2)
+    parts = [slice(0, 2), slice(2, 4)]
+    first, second = (heard(evidence(embeds[rows], lengths[rows]), logits[rows], 1.0, 1.0) for rows in parts)
+    together = replace(evidence(embeds, lengths), ways=2)
+    both = heard(together, logits, 1.0, 1.0)
+    torch.testing.assert_close(both, ((first + second) / 2).repeat(2, 1))
     assert (first - second).abs().max() > 1
+    silent = heard(together, logits, 0.0, 1.0)
+    torch.testing.assert_close(silent[1::2], both[1::2])
+    torch.testing.assert_close(silent[::2], logits[[0, 0]].double().log_softmax(-1))
 
 
 def test_audio_is_read_from_every_frame_of_a_token(tmp_path: Path) -> None:
@@ -137,9 +143,10 @@ def test_audio_is_read_from_every_frame_of_a_token(tmp_path: Path) -> None:
     graft = assemble(tiny.recipe(*folders, projector={"stack_factor": 3}))
     template = PromptTemplate.from_processor(graft.processor, "Be brief.", "Transcribe the speech.")
     frames = torch.randn(12, tiny.WHISPER["d_model"], generator=torch.Generator().manual_seed(5)).bfloat16()
-    batch = collate_generation([FeatureSample("long", "", frames), FeatureSample("short", "", frames[:3])], template)
+    samples = [FeatureSample("long", "", frames), FeatureSample("short", "", frames[:3])]
+    batch = collate_generation(all_ways(samples, 3), template)
     with torch.no_grad():
-        found = Evidence.of(graft.model, batch, template.pause_id)
+        found = Evidence.of(graft.model, batch, template.pause_id, 3)
         later = torch.cat([frames[2:], torch.zeros_like(frames[:2])])
         embeds = graft.model.model.project(later[None], torch.tensor([12]))
         expected = directions(embeds.float(), graft.model.get_input_embeddings().weight)

@@ -7,16 +7,17 @@ End-to-End Speech Recognition", algorithm 2). The language model knows what peop
 a word that is said three times, and holds a reply that runs away.
 
 Where an audio token begins is arbitrary: of k stacked frames any may be the first. So the audio is read in all k ways,
-each beginning a frame later, and their logarithms are averaged.
+each beginning a frame later, by both: logarithms of the language model's probabilities, and of what the audio says, are
+averaged over them. A batch has k rows of each utterance, which are given the same reply.
 
-B: utterances    R: readings, k of each utterance    A: audio tokens    H: hidden size    C: candidates
+B: utterances    R: rows, k of each utterance    A: audio tokens    H: hidden size    C: candidates
 V: rows of the embedding matrix
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor
 
 from graft.data.collate import Batch
+from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.model.alignment import SHARPNESS, directions
 
@@ -38,7 +40,7 @@ LEAST = -1e9
 class Evidence:
     """What the audio tokens of a batch say, each for itself: log shares of the embedding matrix's rows.
 
-    directions: (R, A, H), all utterances in the first way, then in the next    rows: (V, H)
+    directions: (R, A, H), all utterances in the first of so many ``ways``, then in the next    rows: (V, H)
     whole: (R, A), the logarithm of what all rows have together
     real: (R, A) bool, False behind an utterance's audio, where nothing is said but a pause
     """
@@ -51,20 +53,16 @@ class Evidence:
     ways: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, pause: int) -> Evidence:
-        """The evidence for a batch of the graft's, in fp32 whatever the autocast."""
-        rows, num_frames, ways = model.get_input_embeddings().weight, batch.audio_feature_lengths, []
-        for shift in range(model.config.stack_factor):
-            features = _later(batch.audio_features, num_frames, shift)
-            audio_embeds = model.model.project(features, num_frames)
-            with torch.autocast(audio_embeds.device.type, enabled=False):
-                where = directions(audio_embeds.float(), rows)
-                parts = [_compared(where, part).logsumexp(-1) for part in rows.split(ROWS_AT_A_TIME)]
-            ways.append((where, torch.stack(parts).logsumexp(0)))
-        wheres, wholes = zip(*ways, strict=True)
+    def of(cls, model: nn.Module, batch: Batch, pause: int, ways: int) -> Evidence:
+        """The evidence for a batch of :func:`all_ways`, in fp32 whatever the autocast."""
+        rows, num_frames = model.get_input_embeddings().weight, batch.audio_feature_lengths
+        audio_embeds = model.model.project(batch.audio_features, num_frames)
+        with torch.autocast(audio_embeds.device.type, enabled=False):
+            where = directions(audio_embeds.float(), rows)
+            parts = [_compared(where, part).logsumexp(-1) for part in rows.split(ROWS_AT_A_TIME)]
         num_tokens = model.model.num_audio_tokens(num_frames)
-        real = torch.arange(wheres[0].shape[1], device=num_tokens.device) < num_tokens.unsqueeze(1)
-        return cls(torch.cat(wheres), torch.cat(wholes), rows, real.repeat(len(ways), 1), pause, len(ways))
+        real = torch.arange(where.shape[1], device=num_tokens.device) < num_tokens.unsqueeze(1)
+        return cls(where, torch.stack(parts).logsumexp(0), rows, real, pause, ways)
 
     def log_shares(self, tokens: Tensor) -> Tensor:
         """(R, C) ids -> (R, A, C) in fp64: sums of hundreds of them are subtracted from each other."""
@@ -74,10 +72,18 @@ class Evidence:
         return torch.where(self.real.unsqueeze(-1), shares, behind)
 
 
-def _later(features: Tensor, num_frames: Tensor, shift: int) -> Tensor:
-    """Frames (B, F, D) without the first ``shift``, zeros behind; at least half of an utterance stays, or all of it."""
-    shifted = F.pad(features[:, shift:], (0, 0, 0, shift))
-    return torch.where((num_frames // 2 >= shift)[:, None, None], shifted, features)
+def all_ways(samples: Sequence[FeatureSample], ways: int) -> list[FeatureSample]:
+    """``samples`` as they are, then each without its first frame, and so on: ``ways`` times as many.
+
+    Zeros stand behind, so that an utterance keeps its length; of a short one at least half stays, or all of it.
+    """
+    shifts = ((shift, sample) for shift in range(ways) for sample in samples)
+    return [replace(sample, audio_features=_later(sample.audio_features, shift)) for shift, sample in shifts]
+
+
+def _later(features: Tensor, shift: int) -> Tensor:
+    """(F, D) -> (F, D)."""
+    return F.pad(features[shift:], (0, 0, 0, shift)) if shift <= len(features) // 2 else features
 
 
 def _compared(directions: Tensor, rows: Tensor) -> Tensor:
@@ -87,6 +93,8 @@ def _compared(directions: Tensor, rows: Tensor) -> Tensor:
 
 class JointDecoding(LogitsProcessor):
     """For greedy generation: the language model's log-probabilities, and ``weights`` times what the audio adds.
+
+    Weights are one for each utterance. Where one is 0, the language model's first reading counts alone.
 
     A state is what the words so far leave, in logarithms: ``said`` (R, A + 1), how likely they are all said after so
     many audio tokens, the last of them in the last one; ``paused`` (R, A + 1), the same with a pause behind.
@@ -111,16 +119,18 @@ class JointDecoding(LogitsProcessor):
         self._begins = self._paused.new_zeros(num_readings)  # of all that the audio may say, what begins so
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """(B, T) ids so far, (B, V) logits -> (B, V) in fp64."""
+        """(R, T) ids so far, (R, V) logits -> (R, V) in fp64, the same for all readings of an utterance."""
         reply, ways = input_ids[:, self._prompt_length :], self._evidence.ways
         if reply.shape[1]:
-            self._follow(self._words(reply[:, -1:], is_first=reply.shape[1] == 1).repeat(ways, 1))
-        scores = scores.double().log_softmax(-1)  # beside what is impossible to hear fp32 would lose all of them
+            self._follow(self._words(reply[:, -1:], is_first=reply.shape[1] == 1))
+        # fp64: beside what is impossible to hear fp32 would lose the others' differences
+        readings = scores.double().log_softmax(-1).unflatten(0, (ways, -1))  # (k, B, V)
+        scores = torch.where(self._weights == 0, readings[0], readings.mean(0))
         likeliest, candidates = scores.topk(min(CANDIDATES, scores.shape[-1]))
         words = self._words(candidates, is_first=not reply.shape[1])
         heard = self._heard(candidates.repeat(ways, 1), words.repeat(ways, 1)).unflatten(0, (ways, -1)).mean(0)
         joint = likeliest + self._weights * heard
-        return torch.full_like(scores, -torch.inf).scatter(1, candidates, joint)
+        return torch.full_like(scores, -torch.inf).scatter(1, candidates, joint).repeat(ways, 1)
 
     def _heard(self, candidates: Tensor, words: Tensor) -> Tensor:
         """What each candidate (R, C) adds to the log-probability of the words so far; a pause adds nothing."""

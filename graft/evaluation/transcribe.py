@@ -22,7 +22,7 @@ from graft.data.loader import Entry, FeatureSample, FeatureSource, Prefetcher, r
 from graft.data.plan import evaluation_share
 from graft.data.progress import Meter
 from graft.data.prompt import PromptTemplate
-from graft.evaluation.joint import Evidence, JointDecoding
+from graft.evaluation.joint import Evidence, JointDecoding, all_ways
 from graft.ranks import Ranks
 
 
@@ -160,16 +160,17 @@ def generate(
     With ``alignment_weight`` by joint decoding, where a sample's instruction is the recipe's, to transcribe: what other
     instructions ask for need not be what is said. Call it inside :func:`inferring`.
     """
-    batch = collate_generation(samples, template).to(device)
+    ways = template.stack_factor if alignment_weight else 1
+    batch = collate_generation(all_ways(samples, ways), template).to(device)
     settings, prompt_length = greedy(model, template, max_new_tokens), batch.input_ids.shape[1]
     processors = []
     if alignment_weight:
         weights = [alignment_weight * template.asks_what_is_said(s.instruction) for s in samples]
-        evidence = Evidence.of(model, batch, template.pause_id)
+        evidence = Evidence.of(model, batch, template.pause_id, ways)
         processors = [JointDecoding(evidence, template, prompt_length, settings.eos_token_id, weights)]
     inputs = _without_labels(batch.model_inputs())
     tokens = model.generate(**inputs, generation_config=settings, logits_processor=processors)
-    replies = tokens[:, prompt_length:]  # (B, T) -> what came behind the prompt
+    replies = tokens[: len(samples), prompt_length:]  # what came behind the prompt, in the first of all ways
     texts = template.processor.tokenizer.batch_decode(replies, skip_special_tokens=True)
     ends = torch.isin(replies, torch.tensor(settings.eos_token_id, device=replies.device))
     return [text.strip() for text in texts], ends.any(dim=1).tolist()
