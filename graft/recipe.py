@@ -184,7 +184,8 @@ class Evaluation(Settings):
     batch_size: Positive = 16
     max_new_tokens: Positive = 256
     # Where stage 1 aligned the projector: weight of what its embeddings say by themselves, beside the language model's
-    # word for it (graft/evaluation/joint.py). 0: the language model alone.
+    # word for it (graft/evaluation/joint.py); a batch has stack_factor rows of each utterance then. 0: the language
+    # model alone.
     alignment_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     normalizer: Literal["none", "basic", "english"] = "basic"
     listening_gap: Share = 0.05  # WER that swapped audio must add, or the model is told to be deaf
