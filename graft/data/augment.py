@@ -49,7 +49,11 @@ def shift_frames(features: torch.Tensor, max_frames: int, key: Sequence[int | st
     and a projector learns from one utterance what it would else need ``stack_factor`` of. At least half of the frames
     stay.
     """
-    shift = Chance("time shift", *key).below(min(max_frames, len(features) // 2) + 1)
+    return later(features, Chance("time shift", *key).below(min(max_frames, len(features) // 2) + 1))
+
+
+def later(features: torch.Tensor, shift: int) -> torch.Tensor:
+    """``features`` (F, D) without the first ``shift`` frames, with as many zeros behind."""
     return torch.cat([features[shift:], features.new_zeros(shift, features.shape[1])])
 
 

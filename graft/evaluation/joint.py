@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor
 
+from graft.data.augment import later
 from graft.data.collate import Batch
 from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
@@ -77,13 +78,13 @@ def all_ways(samples: Sequence[FeatureSample], ways: int) -> list[FeatureSample]
 
     Zeros stand behind, so that an utterance keeps its length; of a short one at least half stays, or all of it.
     """
-    shifts = ((shift, sample) for shift in range(ways) for sample in samples)
-    return [replace(sample, audio_features=_later(sample.audio_features, shift)) for shift, sample in shifts]
-
-
-def _later(features: Tensor, shift: int) -> Tensor:
-    """(F, D) -> (F, D)."""
-    return F.pad(features[shift:], (0, 0, 0, shift)) if shift <= len(features) // 2 else features
+    made = []
+    for shift in range(ways):
+        for sample in samples:
+            features = sample.audio_features
+            fits = shift <= len(features) // 2
+            made.append(replace(sample, audio_features=later(features, shift) if fits else features))
+    return made
 
 
 def _compared(directions: Tensor, rows: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class JointDecoding(LogitsProcessor):
         return torch.where(again, self._paused[:, :-1, None], either[:, :-1, None])
 
     def _words(self, tokens: Tensor, is_first: bool) -> Tensor:
-        """Ids (B, C) of a reply as the audio says them: its first word is, there too, inside a sentence."""
+        """Ids (rows, C) of a reply as the audio says them: its first word is, there too, inside a sentence."""
         if not is_first:
             return tokens
         return torch.tensor([[self._template.inside_id(token) for token in row] for row in tokens.tolist()]).to(tokens)
