@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from conftest import ROOT, Command
 
 from graft.ranks import Ranks
 from graft.train.heartbeat import Heart, Heartbeat, Pulse
@@ -93,14 +96,14 @@ def test_a_rank_waits_inside_of_a_collective() -> None:
     assert seen == [("reading", True, 1), ("reading", False, 2)] and heartbeat.ranks == Ranks(1, 2)
 
 
-@pytest.mark.parametrize("collective", ["sum", "gather", "barrier"])
-def test_every_collective_tells(collective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    heartbeat = Heartbeat(Ranks(1, 2), stop=None, patience_s=60, timeout_s=600)  # type: ignore[arg-type]
-    seen: list[bool] = []
-    for name in ("all_reduce", "all_gather_object", "barrier"):
-        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_: seen.append(heartbeat.heart.is_waiting))
-    getattr(heartbeat.ranks, collective)(*([[1.0]] if collective != "barrier" else []))
-    assert seen == [True] and not heartbeat.heart.is_waiting
+@pytest.mark.slow
+def test_a_rank_that_keeps_others_waiting_is_named_and_no_other(run_launcher: Command) -> None:
+    """Two real ranks: one waits for the other in every kind of collective, then both take as long and nobody waits."""
+    outcome = run_launcher(ROOT / "tests" / "programs" / "slow_rank.py", timeout_s=120)
+    told = [line for line in outcome.stdout.splitlines() if " has been at " in line or "goes on" in line]
+    places = [re.sub(r" on \S+ has been at '(.+)' for \d+ s; the others wait for it", r": \1", line) for line in told]
+    expected = [[f"rank 1: before the {name}", "rank 1 goes on"] for name in ("sum", "gather", "barrier")]
+    assert places == [line for lines in expected for line in lines]
 
 
 def test_alone_there_is_no_launcher() -> None:
