@@ -160,8 +160,9 @@ class Stage(Settings):
     # Each pass over an utterance begins 0 to so many frames later, so that words fall into other audio tokens:
     # projector.stack_factor - 1 shows every way there is.
     time_shift_frames: NotNegative = 0
-    # Each pass over an utterance has the mean and spread of its frames moved towards another's, by up to this share of
-    # the way (MixStyle): the projector hears more voices than there are. 1 is a good value.
+    # Each pass over an utterance has the mean and spread of its frames moved towards those of another of the step, by
+    # up to this share of the way (MixStyle): the projector hears more voices than there are. 1 is a good value. The
+    # other has to be read, and online to be encoded, too.
     voice_mixing: Share = 0.0
 
 

@@ -155,7 +155,7 @@ def test_shifts_leave_budgets_and_placeholders_as_they_are(clean: ShardSource, t
 
 
 def test_voices_are_the_same_on_any_number_of_ranks(template: PromptTemplate, tmp_path: Path) -> None:
-    """They come from the micro-batch, which is the same wherever it is read; nothing but frames differs."""
+    """They come from the step, which is the same wherever it is read; nothing but frames differs."""
     source = a_set(tmp_path / "set", NUM_FRAMES, step=1)
     plain = STAGE.model_copy(update={"time_masks": 0, "global_batch_size": 7})
     stage = plain.model_copy(update={"voice_mixing": 1.0})
@@ -172,6 +172,20 @@ def test_voices_are_the_same_on_any_number_of_ranks(template: PromptTemplate, tm
             assert torch.equal(ours.input_ids, unmixed.input_ids)
             changed[len(ours.ids)].append(not torch.equal(ours.audio_features, unmixed.audio_features))
     assert set(changed) == {2, 3} and all(map(any, changed.values()))
+
+
+def test_voices_do_not_hang_on_how_a_step_is_cut(template: PromptTemplate, tmp_path: Path) -> None:
+    """Alone in its micro-batch an utterance is lent the same voice."""
+    source = a_set(tmp_path / "set", NUM_FRAMES, step=1)
+    cuts, frames = [], []
+    for count in (1, 7):
+        update = {"time_masks": 0, "voice_mixing": 1.0, "global_batch_size": 7, "micro_batches": count}
+        batches = feed(source, template, STAGE.model_copy(update=update)).read(0).micro_batches
+        cuts.append(len(batches))
+        ready = (zip(b.ids, b.audio_features, b.audio_feature_lengths, strict=True) for b in batches)
+        frames.append({name: each[:length] for name, each, length in chain.from_iterable(ready)})
+    assert cuts[0] < cuts[1] == 7 and frames[0].keys() == frames[1].keys() and len(frames[0]) == 7
+    assert all(torch.equal(frames[0][name], frames[1][name]) for name in frames[0])
 
 
 def test_no_masks(clean: ShardSource, template: PromptTemplate) -> None:

@@ -60,12 +60,12 @@ def test_manifests_are_true_and_all_is_small() -> None:
 
 def test_pretraining_hears_nothing_of_the_corpus() -> None:
     from make_corpus import NUM_PRETRAINING, plan_pretraining
-    from voices import VARIANTS, draw_voice
+    from voices import draw_voice
 
     plans = plan_pretraining(NUM_PRETRAINING, seed=1)
     assert not {plan.text for plan in plans} & {line["text"] for split in SPLITS for line in lines(split)}
     heard = {draw_voice(plan.voices, Random(plan.seed)).variant for plan in plans}
-    assert not heard & {*VARIANTS["valid"], *VARIANTS["test"]}
+    assert not heard & {line["speaker"].split("+")[1] for split in SPLITS for line in lines(split)}
 
 
 def test_the_corpus_is_what_its_script_plans() -> None:
@@ -88,7 +88,7 @@ def test_a_piece_of_a_file_is_the_utterance_it_is_said_to_be() -> None:
 
     heard = read_manifest(TINY / "corpus" / "train.jsonl")
     plans = plan_corpus(seed=1)["train"]
-    for number in (0, 57, 1_299, 3_399):
+    for number in (0, 57, 1_299, 3_299):
         waveform, text = heard.utterance(number)
         spoken = synthesise(plans[number].text, draw_voice("train", Random(plans[number].seed)))
         assert text == plans[number].text and len(waveform) == len(spoken)

@@ -55,12 +55,13 @@ NUM_SYNTHETIC = 1_000
 
 
 def synthetic_digits(cache: Path, seed: int) -> SpeechSet:
-    """Connected digits by espeak-ng's train voices, spoken on the first call and read from ``cache`` afterwards."""
+    """Connected digits in voices of the tiny Whisper's pretraining, spoken once and read from ``cache`` afterwards."""
     path = cache / f"synthetic-digits-{seed}.npz"
     if not path.exists():
         rng = Random(f"{seed}/digits")
         texts = [" ".join(rng.choices(DIGITS, k=rng.randint(2, 6))) for _ in range(NUM_SYNTHETIC)]
-        save_cache(speak_all([Plan(str(i), text, "train", f"{seed}/digits/{i}") for i, text in enumerate(texts)]), path)
+        plans = [Plan(str(i), text, "pretraining", f"{seed}/digits/{i}") for i, text in enumerate(texts)]
+        save_cache(speak_all(plans), path)
     return load_cache(path)
 
 

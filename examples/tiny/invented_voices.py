@@ -12,13 +12,12 @@ from pathlib import Path
 from random import Random
 
 PREFIX = "invented"
-COUNT = 600
 NUM_FORMANTS = 9
 ENGLISH_DATA = ("phontab", "phonindex", "phondata", "phondata-manifest", "intonations", "en_dict", "lang")
 
 
 def invented(number: int) -> str:
-    """The variant name of invented voice ``number``, 0 <= number < COUNT."""
+    """The variant name of invented voice ``number``, 0 and up."""
     return f"{PREFIX}{number}"
 
 

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 # avoids what Whisper is pretrained on.
 SIZES = {"test": 150, "valid": 100, "train": 2_400}
 NUM_PRETRAINING = 16_000
-NUM_MORE_TRAIN = 1_000
+NUM_MORE_TRAIN = 900
 UTTERANCES_PER_FILE = {"test": 1, "valid": 1, "train": 100}  # a quarter of an Ogg file of one utterance is Ogg's own
 OPUS_COMPRESSION = 0.98  # libsndfile's scale; about 11 kbit/s, and from 9 kbit/s down Opus leaves out all above 4 kHz
 
@@ -59,9 +59,9 @@ def plan_corpus(seed: int) -> dict[str, list[Plan]]:
 
 
 def plan_pretraining(count: int, seed: int) -> list[Plan]:
-    """What Whisper hears in its pretraining: train voices, and sentences that are in no split of the corpus."""
+    """What Whisper hears in its pretraining: voices and sentences that are in no split of the corpus."""
     texts = sentences(count, Random(f"{seed}/pretraining/sentences"), texts_of(_plan_first_part(seed)))
-    return [Plan(str(i), text, "train", f"{seed}/pretraining/{i}") for i, text in enumerate(texts)]
+    return [Plan(str(i), text, "pretraining", f"{seed}/pretraining/{i}") for i, text in enumerate(texts)]
 
 
 def _plan_first_part(seed: int) -> dict[str, list[Plan]]:

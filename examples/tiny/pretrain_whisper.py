@@ -3,7 +3,7 @@
     python examples/tiny/pretrain_whisper.py [--steps 2200] [--cache FOLDER] [--output FOLDER]
 
 The pretraining speech is made on the first run: sentences of the grammar that are in no split of the corpus, spoken by
-train voices, named and invented. Nothing of the corpus itself is heard. Run the same command again after an
+voices of its own, named and invented. Nothing of the corpus itself is heard. Run the same command again after an
 interruption and it goes on from its checkpoint.
 """
 

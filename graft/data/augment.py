@@ -2,8 +2,8 @@
 
 What is drawn follows from a key (seed, epoch, utterance id, pass) and from nothing else: not from the rank, the step
 or the utterances beside it. So any number of ranks, and a resumed run, change the same frames. Voices alone come from
-the utterances of the same micro-batch, which follow from the plan. The number of frames stays what it was: an
-utterance's placeholders and its share of a token budget follow from it.
+the utterances of the same step, which follow from the plan. The number of frames stays what it was: an utterance's
+placeholders and its share of a token budget follow from it.
 
 F: encoder frames    D: numbers per frame
 """
@@ -20,26 +20,26 @@ UNIT = 1 << 32  # what a share is drawn in parts of
 LEAST_SPREAD = 1e-4  # of a number that never changes in an utterance
 
 
-def mix_voices(
-    features: Sequence[torch.Tensor], most: float, keys: Sequence[Sequence[int | str]]
-) -> list[torch.Tensor]:
-    """Each of ``features`` (F_i, D) as if another of them had lent it its voice, by a share of 0 to ``most``.
+def draw_lender(num_utterances: int, key: Sequence[int | str]) -> int:
+    """Which of a step's ``num_utterances`` lends its voice; it may be the utterance itself."""
+    return Chance("lender", *key).below(num_utterances)
+
+
+def mix_voice(features: torch.Tensor, lender: torch.Tensor, most: float, key: Sequence[int | str]) -> torch.Tensor:
+    """``features`` (F, D) as if ``lender`` (F', D) had lent its voice, by a share of 0 to ``most``.
 
     Mean and spread of each number over an utterance are of voice, room and microphone rather than of words. They are
     moved towards another's, as MixStyle does (arXiv 2104.02008) with images: the projector hears each sentence in many
     more voices than have said it.
     """
-    wide = [each.float() for each in features]
-    means = [each.mean(0) for each in wide]
-    spreads = [each.std(0, correction=0).clamp(min=LEAST_SPREAD) for each in wide]
-    mixed = []
-    for i, (frames, key) in enumerate(zip(wide, keys, strict=True)):
-        chance = Chance("voice", *key)
-        lender, share = chance.below(len(wide)), most * chance.below(UNIT) / UNIT
-        spread = 1 + share * (spreads[lender] / spreads[i] - 1)
-        mean = means[i] + share * (means[lender] - means[i])
-        mixed.append(((frames - means[i]) * spread + mean).to(features[i].dtype))
-    return mixed
+    frames, share = features.float(), most * Chance("voice", *key).below(UNIT) / UNIT
+    (mean, spread), (other_mean, other_spread) = _voice(frames), _voice(lender.float())
+    mixed = (frames - mean) * (1 + share * (other_spread / spread - 1)) + mean + share * (other_mean - mean)
+    return mixed.to(features.dtype)
+
+
+def _voice(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return frames.mean(0), frames.std(0, correction=0).clamp(min=LEAST_SPREAD)
 
 
 def shift_frames(features: torch.Tensor, max_frames: int, key: Sequence[int | str]) -> torch.Tensor:

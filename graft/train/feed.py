@@ -7,7 +7,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from graft.data.augment import mask_frames, mix_voices, shift_frames
+import torch
+
+from graft.data.augment import draw_lender, mask_frames, mix_voice, shift_frames
 from graft.data.collate import Batch, collate_training
 from graft.data.loader import FeatureSample, FeatureSource, MixedSource, Prefetcher, read_samples
 from graft.data.plan import Part, Plan, cut_step, rank_share
@@ -79,7 +81,7 @@ class Feed:
         align = step < self.stage.alignment_steps
         numbers = rank_share(groups, costs, self.ranks)
         batches = tuple(
-            collate_training(self._samples([uses[i] for i in groups[number]], epoch), self.template, align)
+            collate_training(self._samples(uses, groups[number], epoch), self.template, align)
             for number in numbers
         )
         if self.pins_memory:
@@ -87,16 +89,22 @@ class Feed:
         ids = tuple(self.source.entries[utterance].id for utterance, _ in uses)
         return StepInput(epoch, ids, tuple(numbers), batches)
 
-    def _samples(self, uses: Sequence[tuple[int, int]], epoch: int) -> list[FeatureSample]:
-        samples = read_samples(self.source, [utterance for utterance, _ in uses])
-        keys = [(self.seed, epoch, s.id, number) for s, (_, number) in zip(samples, uses, strict=True)]
-        if self.stage.voice_mixing:
-            mixed = mix_voices([sample.audio_features for sample in samples], self.stage.voice_mixing, keys)
-            samples = [replace(s, audio_features=frames) for s, frames in zip(samples, mixed, strict=True)]
-        return [self._augmented(sample, key) for sample, key in zip(samples, keys, strict=True)]
+    def _samples(self, uses: Sequence[tuple[int, int]], group: Sequence[int], epoch: int) -> list[FeatureSample]:
+        """The samples at the places ``group`` of ``uses``, which are the whole step's."""
+        keys = [(self.seed, epoch, self.source.entries[uses[i][0]].id, uses[i][1]) for i in group]
+        # Of the whole step: in a micro-batch are utterances of one length, so of one kind of sentence
+        lenders = [draw_lender(len(uses), key) for key in keys] if self.stage.voice_mixing else group
+        wanted = sorted({*group, *lenders})
+        samples = dict(zip(wanted, read_samples(self.source, [uses[i][0] for i in wanted]), strict=True))
+        return [
+            self._augmented(samples[i], samples[lender].audio_features, key)
+            for i, lender, key in zip(group, lenders, keys, strict=True)
+        ]
 
-    def _augmented(self, sample: FeatureSample, key: tuple[int | str, ...]) -> FeatureSample:
+    def _augmented(self, sample: FeatureSample, lender: torch.Tensor, key: tuple[int | str, ...]) -> FeatureSample:
         features, stage = sample.audio_features, self.stage
+        if stage.voice_mixing:
+            features = mix_voice(features, lender, stage.voice_mixing, key)
         if stage.time_shift_frames:
             features = shift_frames(features, stage.time_shift_frames, key)
         if stage.time_masks:
