@@ -81,8 +81,7 @@ class Feed:
         align = step < self.stage.alignment_steps
         numbers = rank_share(groups, costs, self.ranks)
         batches = tuple(
-            collate_training(self._samples(uses, groups[number], epoch), self.template, align)
-            for number in numbers
+            collate_training(self._samples(uses, groups[number], epoch), self.template, align) for number in numbers
         )
         if self.pins_memory:
             batches = tuple(batch.pin_memory() for batch in batches)
