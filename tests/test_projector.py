@@ -42,9 +42,9 @@ def test_every_frame_is_in_exactly_one_token(num_frames: int, stack_factor: int)
     assert flat[:num_frames] == frames.flatten().tolist() and not any(flat[num_frames:])
 
 
-@pytest.mark.parametrize(("kind", "num_heard"), [("linear", 1), ("mlp", 1), ("swiglu", 1), ("conv", 13)])
+@pytest.mark.parametrize(("kind", "num_heard"), [("linear", 1), ("mlp", 1), ("swiglu", 1), ("conv", 7)])
 def test_which_audio_tokens_a_token_hears(kind: str, num_heard: int) -> None:
-    """The last of 20 tokens: itself, and with two convolutions the twelve before. Its group of frames is not full."""
+    """The last of 20 tokens: itself, and with a convolution the six before. Its group of frames is not full."""
     frames = torch.randn(1, 58, 5, requires_grad=True)  # groups of 3: the last frame stands alone
     output = trained_a_little(made(kind))(frames)
     assert output.shape == (1, 20, 8)
@@ -54,17 +54,12 @@ def test_which_audio_tokens_a_token_hears(kind: str, num_heard: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["around_1", "around_2"])
-def test_a_convolution_begins_near_to_none(name: str) -> None:
+def test_a_convolution_begins_near_to_none() -> None:
     projector, frames = made("conv"), torch.randn(8, 40, 5)
     whole = projector(frames)
-    projector.get_submodule(name).conv.weight.zero_()
+    projector.conv.weight.zero_()
     without = projector(frames)
-    assert 0.02 < (whole - without).std() / without.std() < 0.3
-
-
-def swiglu(value: float, gate: float) -> float:
-    return value * gate / (1 + math.exp(-gate))
+    assert 0.05 < (whole - without).std() / without.std() < 0.2
 
 
 @torch.no_grad()
@@ -72,17 +67,13 @@ def test_a_convolving_projector_by_hand() -> None:
     """Two tokens of two frames of one number, one channel: RMSNorm of one number is its sign."""
     projector = build_projector("conv", frame_size=1, stack_factor=2, hidden_size=2, text_size=1)
     projector.linear_1.weight.copy_(torch.tensor([[2.0], [3.0]]))  # value and gate
-    projector.linear_2.weight.copy_(torch.tensor([[0.3], [0.2]]))
-    for around, place, weight in ((projector.around_1, 5, 10.0), (projector.around_2, 7, 4.0)):
-        around.conv.weight.zero_()
-        around.conv.weight[0, 0, place, 0] = weight  # the first hears the token before, the second that behind
-    projector.linear_3.weight.fill_(7.0)
-    projector.linear_3.bias.fill_(0.5)
-    projector.norm_mid = projector.norm_out = torch.nn.Identity()  # of one channel they would leave the sign alone
-    up, down = swiglu(2, 3), swiglu(-2, -3)
-    sounds = [(up + down) / 2, up + 10 * (up + down) / 2]
-    heard = [swiglu(0.3 * sound, 0.2 * sound) for sound in sounds]
-    expected = [0.5 + 7 * (sounds[0] + heard[0] + 4 * heard[1]), 0.5 + 7 * (sounds[1] + heard[1])]
+    projector.conv.weight.zero_()
+    projector.conv.weight[0, 0, 5, 0] = 10.0  # hears the token before
+    projector.linear_2.weight.fill_(7.0)
+    projector.linear_2.bias.fill_(0.5)
+    projector.norm_mid = torch.nn.Identity()  # of one channel it would leave the sign alone
+    up, down = 2 * 3 / (1 + math.exp(-3)), -2 * -3 / (1 + math.exp(3))  # SwiGLU of 1 and of -1
+    expected = [0.5 + 7 * (up + down) / 2, 0.5 + 7 * (up + 10 * (up + down) / 2)]
     frames = torch.tensor([[[5.0], [-5.0], [4.0], [9.0]]])
     assert projector(frames).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -115,14 +115,13 @@ class SwigluProjector(Projector):
 
 
 class ConvProjector(Projector):
-    """Each frame is widened and gated, an audio token is the mean of its frames, and twice hears the tokens around it.
+    """Each frame is widened and gated, an audio token is the mean of its frames, and hears the tokens around it.
 
-    Normalise, widen, gate, depthwise convolution: the order of Conformer's convolution module (arXiv 2005.08100, figure
-    2), once on frames and once more on tokens, where what is a word can depend on the order of its sounds. What a sound
-    is does not depend on its place in an audio token: one matrix for each of the k frames sees k times as many examples
-    as one for all of them, stacked. No norm has weights: the linear layer behind it has. Beyond an utterance a
-    convolution hears zeros, which is also what padding gives: an utterance's embeddings do not depend on what stands
-    beside it.
+    Normalise, widen, gate, depthwise convolution, normalise, project: the order of Conformer's convolution module
+    (arXiv 2005.08100, figure 2). What a sound is does not depend on its place in an audio token: one matrix for each of
+    the k frames sees k times as many examples as one for all of them, stacked. Neither norm has weights: the linear
+    layer behind it has. Beyond an utterance the convolution hears zeros, which is also what padding gives: an
+    utterance's embeddings do not depend on what stands beside it.
     """
 
     def __init__(self, stack_factor: int, frame_size: int, hidden_size: int, text_size: int):
@@ -132,21 +131,19 @@ class ConvProjector(Projector):
         self.stack, self.first_layer_runs = StackFrames(stack_factor), stack_factor
         self.norm_in = nn.RMSNorm(frame_size, eps=1e-6, elementwise_affine=False)
         self.linear_1 = nn.Linear(frame_size, hidden_size, bias=False)
-        self.around_1 = _Around(channels)
+        # Of two dimensions, (A, 1): for channels-last input torch has a fast one on CPUs, and none of one dimension
+        self.conv = nn.Conv2d(
+            channels, channels, (_KERNEL_TOKENS, 1), padding=(_KERNEL_TOKENS // 2, 0), groups=channels, bias=False
+        )
         self.norm_mid = nn.RMSNorm(channels, eps=_SILENT_MEAN_SQUARE, elementwise_affine=False)
-        self.linear_2 = nn.Linear(channels, hidden_size, bias=False)
-        self.around_2 = _Around(channels)
-        self.norm_out = nn.RMSNorm(channels, eps=_SILENT_MEAN_SQUARE, elementwise_affine=False)
-        self.linear_3 = nn.Linear(channels, text_size)
+        self.linear_2 = nn.Linear(channels, text_size)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, F, D) -> (B, A, H)."""
         groups = self.stack(frames).unflatten(-1, (self.stack.stack_factor, -1))  # (B, A, k, D)
-        sounds = self.norm_mid(self.around_1(_gated(self.linear_1(self.norm_in(groups))).mean(2)))
-        # Behind an utterance the first convolution has heard its end: the second must not hear that
-        is_silent = (groups == 0).all(-1).all(-1, keepdim=True)
-        words = sounds + self.around_2(_gated(self.linear_2(sounds)).masked_fill(is_silent, 0.0))
-        return self.linear_3(self.norm_out(words))
+        hidden = _gated(self.linear_1(self.norm_in(groups))).mean(2)
+        around = self.conv(_channels_last(hidden)).permute(0, 2, 3, 1).squeeze(2)
+        return self.linear_2(self.norm_mid(hidden + around))
 
     @torch.no_grad()
     def initialise(self, output_std: float, generator: torch.Generator) -> None:
@@ -156,25 +153,9 @@ class ConvProjector(Projector):
         measure.
         """
         _normal(self.linear_1, 1.0, generator)
-        _normal(self.linear_2, 1.0, generator)
-        _normal(self.linear_3, output_std, generator)
-        _fill_normal(self.linear_3.bias, 0.1 * output_std, generator)
-        for around in (self.around_1, self.around_2):
-            _fill_normal(around.conv.weight, 0.1 / math.sqrt(_KERNEL_TOKENS), generator)
-
-
-class _Around(nn.Module):
-    """(B, A, C) with a depthwise convolution of itself added."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        # Of two dimensions, (A, 1): for channels-last input torch has a fast one on CPUs, and none of one dimension
-        self.conv = nn.Conv2d(
-            channels, channels, (_KERNEL_TOKENS, 1), padding=(_KERNEL_TOKENS // 2, 0), groups=channels, bias=False
-        )
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.conv(_channels_last(hidden)).permute(0, 2, 3, 1).squeeze(2)
+        _normal(self.linear_2, output_std, generator)
+        _fill_normal(self.linear_2.bias, 0.1 * output_std, generator)
+        _fill_normal(self.conv.weight, 0.1 / math.sqrt(_KERNEL_TOKENS), generator)
 
 
 _CLASSES: dict[str, type[Projector]] = {
