@@ -91,7 +91,7 @@ class Feed:
     def _samples(self, uses: Sequence[tuple[int, int]], group: Sequence[int], epoch: int) -> list[FeatureSample]:
         """The samples at the places ``group`` of ``uses``, which are the whole step's."""
         keys = [(self.seed, epoch, self.source.entries[uses[i][0]].id, uses[i][1]) for i in group]
-        # Of the whole step: in a micro-batch are utterances of one length, so of one kind of sentence
+        # Of the whole step: so it does not matter how that is cut
         lenders = [draw_lender(len(uses), key) for key in keys] if self.stage.voice_mixing else group
         wanted = sorted({*group, *lenders})
         samples = dict(zip(wanted, read_samples(self.source, [uses[i][0] for i in wanted]), strict=True))
