@@ -24,8 +24,8 @@ INVENTED_SHARE = 0.6  # of what Whisper is pretrained on
 ACCENTS = "en-us en-gb en-gb-scotland en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-029 en-us-nyc".split()
 
 # Whispers, robots, croaks and cartoon voices of espeak-ng are in no split; relatives (steph, steph2, ...) share one.
-# Train has none of these: all its voices are invented, and Whisper has heard none of them. So a projector learns from
-# frames that are as little sure of themselves as those of the voices it is tested with.
+# Train has none of these: all its voices are invented, and Whisper has heard none of them, so that a projector learns
+# from frames that are as little sure of themselves as those of the voices it is tested with.
 VARIANTS: dict[str, list[str]] = {
     "test": "m4 f4 Andy belinda boris paul linda Michael victor Alicia".split(),
     "valid": "m6 f2 caleb shelby ed Mario Jacky sandro".split(),
