@@ -53,16 +53,19 @@ def main(arguments: argparse.Namespace) -> None:
     source, output = Path(arguments.source), Path(arguments.output)
     if not source.exists():
         raise ValueError(f"{source} does not exist")
+    if output.resolve() == source.resolve():
+        raise ValueError(f"--output {output} is the source itself, whose rejected lines would be lost: name another")
     found = COLLECTORS[arguments.form](source, arguments)
     found = _without_twins([(number, _with_duration(item, number)) for number, item in track(found, "headers")])
     utterances = [item for item in found if isinstance(item, Utterance)]
     rejects = [item for item in found if isinstance(item, Reject)]
     rejects_path = output.with_suffix(".rejects.jsonl")
-    write_manifest(output, utterances)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_rejects(rejects_path, rejects)
-    _report(output, utterances, rejects, rejects_path)
     if not utterances:
-        raise ValueError(f"nothing in {source} can be used; {rejects_path} says why")
+        raise ValueError(f"nothing in {source} can be used; {rejects_path} says why. {output} is not written")
+    write_manifest(output, utterances)
+    _report(output, utterances, rejects, rejects_path)
 
 
 def from_folder(source: Path, arguments: argparse.Namespace) -> list[Numbered]:
@@ -161,7 +164,7 @@ def _of_folder(path: Path, source: Path, listed: dict[str, str], number: int) ->
     name = path.relative_to(source).with_suffix("").as_posix()
     beside = path.with_suffix(".txt")
     try:
-        text = beside.read_text(encoding="utf-8") if beside.is_file() else listed.get(path.stem)
+        text = beside.read_text(encoding="utf-8-sig") if beside.is_file() else listed.get(path.stem)
     except UnicodeDecodeError:
         return Reject(number, name, f"{beside}: not UTF-8")
     if text is None:
@@ -171,7 +174,7 @@ def _of_folder(path: Path, source: Path, listed: dict[str, str], number: int) ->
 
 def _trans_txt(folder: Path) -> dict[str, str]:
     """LibriSpeech's transcripts of a folder: ``<name> <text>`` per line."""
-    lines = [line for path in sorted(folder.glob("*.trans.txt")) for line in path.read_text("utf-8").splitlines()]
+    lines = [line for path in sorted(folder.glob("*.trans.txt")) for line in _read_text(path).splitlines()]
     return {name: text for name, _, text in (line.partition(" ") for line in lines)}
 
 
@@ -180,13 +183,21 @@ def _table(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a Kaldi data folder holds wav.scp and text")
     table: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         key, *value = line.split(maxsplit=1)[:2] or [""]
         if key in table:
             raise ValueError(f"{path}:{number}: '{key}' is there twice")
         if key:
             table[key] = value[0].strip() if value else ""
     return table
+
+
+def _read_text(path: Path) -> str:
+    """What a file of UTF-8 says, without the mark that some editors begin it with."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _kaldi_path(source: Path, key: str, value: str) -> Path:

@@ -87,6 +87,24 @@ def test_nothing_usable_is_an_error_and_still_told(tmp_path: Path) -> None:
     assert "no transcript" in reasons(tmp_path / "m.jsonl")["a"]
 
 
+def test_a_manifest_is_not_lost_where_nothing_can_be_used(tmp_path: Path) -> None:
+    """As when the disk of the sound files is not mounted."""
+    output = tmp_path / "m.jsonl"
+    output.write_text("made before\n")
+    sound(tmp_path / "speech" / "a.wav")
+    with pytest.raises(ValueError, match="m.jsonl is not written"):
+        make("folder", tmp_path / "speech", "--output", output)
+    assert output.read_text() == "made before\n"
+
+
+def test_a_source_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / "m.jsonl"
+    source.write_text('{"audio_filepath": "gone.wav", "text": "hello"}\n')
+    with pytest.raises(ValueError, match="is the source itself"):
+        make("jsonl", source, "--output", tmp_path / "elsewhere" / ".." / "m.jsonl")
+    assert "hello" in source.read_text()
+
+
 def test_jsonl(tmp_path: Path) -> None:
     sound(tmp_path / "in" / "a.wav", 2.0)
     source = tmp_path / "in" / "nemo.jsonl"
@@ -197,6 +215,17 @@ def test_kaldi_segments(tmp_path: Path) -> None:
 def test_kaldi_folders_that_cannot_be_used(tmp_path: Path, tables: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make("kaldi", kaldi(tmp_path / "data", **tables), "--output", tmp_path / "m.jsonl")
+
+
+def test_tables_of_another_encoding(tmp_path: Path) -> None:
+    source = kaldi(tmp_path / "data", wav_scp="u1 a.wav\n", text="u1 a\n")
+    sound(source / "a.wav")
+    (source / "text").write_bytes(b"\xef\xbb\xbfu1 hello\n")
+    make("kaldi", source, "--output", tmp_path / "m.jsonl")
+    assert [line["text"] for line in lines(tmp_path / "m.jsonl")] == ["hello"]
+    (source / "text").write_bytes(b"u1 caf\xe9\n")
+    with pytest.raises(ValueError, match="text: not UTF-8 at byte 6"):
+        make("kaldi", source, "--output", tmp_path / "m.jsonl")
 
 
 def digits(folder: Path, speakers: str = "ab", seconds: float = 0.4, indices: int = 8) -> Path:

@@ -1,6 +1,6 @@
 """Connected digits from recordings of single ones: the folder of the Free Spoken Digit Dataset as utterances.
 
-A recording is ``{digit}_{speaker}_{index}.flac``; by the data set's own split, index 0-4 is test and the rest is train.
+A recording is ``{digit}_{speaker}_{index}.wav`` or ``.flac``; by the data set's own split, index 0-4 is test and the rest is train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from augmentation import SAMPLE_RATE
 from grammar import DIGITS
 from speech_set import Draw, SpeechSet
 
+SUFFIXES = {".wav", ".flac"}
 NUM_TEST_INDICES = 5
 MAX_SAMPLES = int(3.9 * SAMPLE_RATE)
 PAUSE_S = (0.05, 0.25)
@@ -27,11 +28,11 @@ Recordings = dict[str, list[tuple[str, np.ndarray]]]
 
 def read_recordings(folder: Path, split: str) -> Recordings:
     """All recordings of ``train`` or ``test``."""
-    paths = sorted(folder.glob("*_*_*.flac"))
+    paths = sorted(path for path in folder.glob("*_*_*") if path.suffix in SUFFIXES)
     if not paths:
         raise ValueError(
-            f"{folder} holds no recordings like 7_george_12.flac: give the folder of the Free Spoken Digit Dataset "
-            "(github.com/Jakobovski/free-spoken-digit-dataset, as FLAC) with --recordings"
+            f"{folder} holds no recordings like 7_george_12.wav or .flac: give the folder of the Free Spoken Digit "
+            "Dataset (recordings/ of github.com/Jakobovski/free-spoken-digit-dataset) with --recordings"
         )
     recordings: Recordings = {}
     for path in paths:
