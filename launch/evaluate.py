@@ -13,6 +13,7 @@ with its own decoder on the same utterances, the bar for the graft; --recipe sco
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,13 +30,13 @@ from rich.console import Console
 
 from graft import command
 from graft import ranks as processes
-from graft.data.loader import OnlineEntry, OnlineSource
+from graft.data.loader import FeatureSource, OnlineEntry, OnlineSource
 from graft.data.manifest import Manifest, Reject, read_manifest, write_rejects
 from graft.data.prompt import PromptTemplate
 from graft.data.views import read_split
-from graft.evaluation.base_whisper import WhisperTranscriber
+from graft.evaluation.base_whisper import WhisperTranscriber, same_utterances
 from graft.evaluation.evaluate import Evaluation, beside, evaluate, score_transcriber
-from graft.evaluation.report import summary_table, worst_utterances, write_evaluation
+from graft.evaluation.report import SUMMARY_FILE, summary_table, worst_utterances, write_evaluation
 from graft.model.assemble import DTYPES, Assembled, assemble, load_trained
 from graft.ranks import Ranks
 from graft.recipe import Recipe, load_recipe
@@ -86,12 +87,12 @@ def main(arguments: argparse.Namespace) -> None:
     ranks = processes.start(timeout_s=PATIENCE_S)
     try:
         task = ranks.together(lambda: plan(arguments))
-        base = None
-        if arguments.base_whisper or task.checkpoint is None:
-            base = score_base_whisper(task, ranks, arguments.language)
-        scored = base
-        if task.checkpoint:
-            scored = score_checkpoint(task, ranks, arguments.swapped)
+        if task.checkpoint is None:
+            scored = score_base_whisper(task, ranks, arguments.language)
+        else:
+            source = open_source(task, ranks)
+            base = score_base_whisper(task, ranks, arguments.language, source) if arguments.base_whisper else None
+            scored = score_checkpoint(task, ranks, source, arguments.swapped)
             if base:
                 scored = replace(scored, evaluation=beside(scored.evaluation, base.evaluation, "encoder_base"))
         ranks.by_first(lambda: report(task, scored))
@@ -115,14 +116,40 @@ def plan(arguments: argparse.Namespace) -> Task:
         raise ValueError(f"manifest {manifest} does not exist")
     name = arguments.split or manifest.stem
     output = arguments.output or run_dir / "eval" / (name if checkpoint else f"{name}-base-whisper")
+    if not arguments.output:
+        check_is_not_anothers(output, arguments.split, manifest)
     return Task(recipe, checkpoint, arguments.split, manifest, output)
 
 
-def score_checkpoint(task: Task, ranks: Ranks, swapped: bool) -> Scored:
-    """The graft's evaluation, with what it was made of in the summary."""
+def check_is_not_anothers(folder: Path, split: str | None, manifest: Path | None) -> None:
+    """Refuse to write over scores of something else that has the same name.
+
+    Raises:
+        ValueError: the folder holds those of another split, or of another manifest.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    scored = there["split"] or there["manifest"]
+    if scored != (split or str(manifest)):
+        raise ValueError(f"{folder} holds the scores of {scored}: name another folder with --output")
+
+
+def open_source(task: Task, ranks: Ranks) -> FeatureSource:
+    """What the checkpoint is scored on.
+
+    Raises:
+        ValueError: on every rank, if it cannot be used, or the checkpoint was trained on another encoder.
+    """
     sources = Sources(task.recipe, ranks, ranks.device())
     source = sources.open(task.split) if task.split else sources.open_manifest(task.manifest)
     check_encoder(task.checkpoint, sources.fingerprint)
+    return source
+
+
+def score_checkpoint(task: Task, ranks: Ranks, source: FeatureSource, swapped: bool) -> Scored:
+    """The graft's evaluation, with what it was made of in the summary."""
     graft = ranks.together(lambda: build(task, ranks))
     prompt = task.recipe.prompt
     evaluation = evaluate(
@@ -154,13 +181,17 @@ def build(task: Task, ranks: Ranks) -> Assembled:
     return graft
 
 
-def score_base_whisper(task: Task, ranks: Ranks, language: str | None) -> Scored:
-    """The evaluation of the recipe's Whisper with its own decoder."""
+def score_base_whisper(task: Task, ranks: Ranks, language: str | None, source: FeatureSource | None = None) -> Scored:
+    """The evaluation of the recipe's Whisper with its own decoder, on the utterances of ``source``; None: on all."""
     recipe = task.recipe
+
+    def manifest() -> Manifest:
+        return task.read_manifest() if source is None else same_utterances(task.read_manifest(), source.entries)
+
     whisper = ranks.together(
         lambda: WhisperTranscriber(
             recipe.bases.whisper,
-            task.read_manifest(),
+            manifest(),
             dtype=DTYPES[recipe.run.precision],
             device=ranks.device(),
             long_audio=recipe.audio.long_audio,
@@ -192,9 +223,11 @@ def report(task: Task, scored: Scored) -> None:
     evaluation = Evaluation(summary, scored.evaluation.lines)
     task.output.mkdir(parents=True, exist_ok=True)
     write_evaluation(task.output, evaluation, scored.audio_files)
+    rejects = task.output / "rejects.jsonl"
+    rejects.unlink(missing_ok=True)
     if scored.rejects:
-        write_rejects(task.output / "rejects.jsonl", scored.rejects)
-        LOG.warning("%d utterances rejected, see %s", len(scored.rejects), task.output / "rejects.jsonl")
+        write_rejects(rejects, scored.rejects)
+        LOG.warning("%d utterances rejected, see %s", len(scored.rejects), rejects)
     console = Console(highlight=False)
     who = task.checkpoint or f"Whisper itself, {task.recipe.bases.whisper}"
     console.print(summary_table(summary, f"{task.name}: {who}"))

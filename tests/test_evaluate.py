@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from tiny_bases import tokenizer
 from tiny_run import BEST_STEP, TEXTS, tiny_run
@@ -23,6 +25,7 @@ from torch import nn
 from graft.data.prompt import PromptTemplate
 from graft.evaluation.evaluate import Evaluation, can_be_swapped, evaluate, gathered, score_transcriber, spread
 from graft.evaluation.transcribe import Answers, Hypothesis
+from graft.evaluation.wer import score
 from graft.model.processor import CHAT_TEMPLATE
 from graft.ranks import AgreedValueError, Ranks
 from graft.recipe import Evaluation as Settings
@@ -321,9 +324,47 @@ def test_the_base_whisper_beside_the_graft_and_alone(command: ModuleType, run_di
     assert len({line["pred_text"] for line in base_lines}) > 1, "the base Whisper says the same of everything"
 
 
+@pytest.mark.parametrize("changed", ["a text", "an utterance"])
+def test_both_are_scored_on_the_same_utterances(
+    command: ModuleType, run_python: Callable, tmp_path: Path, changed: str
+) -> None:
+    """Silence has no features: it must not count as words that the base Whisper did not get."""
+    run_dir = tiny_run(tmp_path)
+    soundfile.write(tmp_path / "corpus" / "silence.flac", np.zeros(8_000), 16_000)
+    manifest = tmp_path / "corpus" / "test.jsonl"
+    lines = manifest.read_text().splitlines()
+    silence = json.dumps({"id": "silence", "audio_filepath": "silence.flac", "duration": 0.5, "text": "not a word"})
+    manifest.write_text("\n".join([silence, *lines]))
+    run_python(
+        ROOT / "shards" / "precompute.py", run_dir / "recipe.yaml", "data.features=shards", "audio.max_rejects=0.5"
+    )
+    words = ("--checkpoint", run_dir, "--base-whisper", "--split", "test", "data.features=shards", "--output")
+    command.main(parsed(command, *words, tmp_path / "both"))
+    both, _ = results(tmp_path / "both")
+    command.main(parsed(command, "--recipe", run_dir / "recipe.yaml", "--split", "test", "--output", tmp_path / "all"))
+    all_of_them, texts = results(tmp_path / "all")
+    heard = score([u["text"] for u in texts[1:]], [u["pred_text"] for u in texts[1:]], "basic")
+    assert (both["num_utterances"], both["num_rejects"]) == (len(TEXTS), 1)
+    assert both["cer_encoder_base"] == heard.cer != all_of_them["cer"]
+
+    rest = lines[1:] if changed == "an utterance" else [lines[0].replace("one", "1"), *lines[1:]]
+    manifest.write_text("\n".join(rest))
+    with pytest.raises(ValueError, match="1 of the 5 utterances whose features are scored .* such as 'u0'"):
+        command.main(parsed(command, *words, tmp_path / "changed"))
+
+
+def test_scores_of_something_else_are_not_written_over(command: ModuleType, run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "test.jsonl"
+    other.write_text((run_dir.parent / "corpus" / "test.jsonl").read_text())
+    words = ("--checkpoint", run_dir, "--no-swapped")
+    for _ in range(2):
+        command.main(parsed(command, *words, "--split", "test"))
+    with pytest.raises(ValueError, match="eval/test holds the scores of test: .*--output"):
+        command.main(parsed(command, *words, "--manifest", other))
+
+
 def test_the_base_whisper_is_stock_whisper(command: ModuleType, run_dir: Path, tmp_path: Path) -> None:
     """One utterance by transformers' own parts."""
-    import soundfile
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
     base = run_dir.parent / "whisper"

@@ -1,6 +1,7 @@
 """Connected digits from recordings of single ones: the folder of the Free Spoken Digit Dataset as utterances.
 
-A recording is ``{digit}_{speaker}_{index}.wav`` or ``.flac``; by the data set's own split, index 0-4 is test and the rest is train.
+A recording is ``{digit}_{speaker}_{index}.wav`` or ``.flac``; by the data set's own split, index 0-4 is test and the
+rest is train.
 """
 
 from __future__ import annotations

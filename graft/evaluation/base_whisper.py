@@ -6,13 +6,14 @@ W: encoder windows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from graft.data.audio import LongAudio, windows
-from graft.data.loader import OnlineSource
+from graft.data.loader import Entry, OnlineSource
 from graft.data.manifest import Manifest
 from graft.data.views import load_utterance
 from graft.evaluation.transcribe import Answers, inferring
@@ -20,6 +21,25 @@ from graft.lengths import Window
 from graft.model.encoder import load_feature_extractor, log_mels
 
 Pieces = list[list[np.ndarray]]  # of each utterance, its windows
+
+
+def same_utterances(manifest: Manifest, entries: Sequence[Entry]) -> Manifest:
+    """What ``manifest`` has of ``entries``, those that a graft is scored on: two rates of other words say nothing.
+
+    Raises:
+        ValueError: it has not all of them, or another text for one.
+    """
+    texts = {entry.id: entry.text for entry in entries}
+    found = [(line, u) for line, u in zip(manifest.lines, manifest.utterances, strict=True) if u.id in texts]
+    there = {utterance.id: utterance.text for _, utterance in found}
+    changed = [name for name, text in texts.items() if there.get(name) != text]
+    if changed:
+        raise ValueError(
+            f"manifest {manifest.path}: {len(changed)} of the {len(texts)} utterances whose features are scored are "
+            f"not there, cannot be used, or have another text there, such as '{changed[0]}': make the features anew "
+            "(shards/precompute.py), or score without --base-whisper"
+        )
+    return replace(manifest, utterances=[u for _, u in found], rejects=[], lines=[line for line, _ in found])
 
 
 class WhisperTranscriber:
