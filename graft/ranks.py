@@ -23,6 +23,11 @@ Result = TypeVar("Result")
 USERS_FAULTS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+# Names of rank, number of ranks and rank on this machine, in the environment
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
 class AgreedValueError(ValueError):
     """The user's fault, known to every rank: one of them is enough to tell it."""
 
@@ -41,12 +46,18 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read what the ``deepspeed`` launcher, ``torchrun`` or Slurm's ``srun`` has set; alone without them."""
-        return cls(
-            rank=_environment_int("RANK", "SLURM_PROCID", default=0),
-            world_size=_environment_int("WORLD_SIZE", "SLURM_NTASKS", default=1),
-            local_rank=_environment_int("LOCAL_RANK", "SLURM_LOCALID", default=0),
+        """Read what the ``deepspeed`` launcher, ``torchrun`` or Slurm's ``srun`` has set; alone without them.
+
+        A batch script or shell of Slurm's is no step of ``srun``: a command that is typed there is alone.
+        """
+        by_srun = "RANK" not in os.environ and SLURM[1] in os.environ
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in zip(SLURM if by_srun else LAUNCHER, (0, 1, 0), strict=True)
         )
+        if by_srun and on_gpu() and torch.cuda.device_count() == 1:
+            local_rank = 0  # --gpus-per-task and the like: each task sees its own GPU alone
+        return cls(rank, world_size, local_rank)
 
     @property
     def is_first(self) -> bool:
@@ -60,7 +71,8 @@ class Ranks:
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {self.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. "
-                "Start no more ranks per machine than it has GPUs (--num_gpus, or slots= in the hostfile)."
+                "Start no more ranks per machine than it has GPUs (--num_gpus, slots= in the hostfile, or Slurm's "
+                "--ntasks-per-node)."
             )
         return torch.device("cuda", self.local_rank)
 
@@ -213,7 +225,3 @@ def _told(error: Exception | None) -> tuple[bool, str] | None:
         return None
     is_users = isinstance(error, USERS_FAULTS)
     return is_users, str(error) if is_users else f"{type(error).__name__}: {error}"
-
-
-def _environment_int(*names: str, default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)

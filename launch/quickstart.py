@@ -83,19 +83,22 @@ def phases(recipe: Recipe, arguments: argparse.Namespace, ranks: int) -> Iterato
     yield Phase("verify", 0, [str(ROOT / "shards" / "verify.py"), recipe.data.shards])
     for stage in ("1", "2"):
         yield Phase(f"stage {stage}", ranks, [str(ROOT / "launch" / "train.py"), *words, "--stage", stage])
-    yield Phase("evaluate", ranks, [str(ROOT / "launch" / "evaluate.py"), *evaluation_words(recipe)])
+    yield Phase("evaluate", ranks, [str(ROOT / "launch" / "evaluate.py"), *evaluation_words(recipe, arguments)])
 
 
-def evaluation_words(recipe: Recipe) -> list[str]:
-    """Arguments that score the test split, the base Whisper's own decoder beside the graft."""
+def evaluation_words(recipe: Recipe, arguments: argparse.Namespace) -> list[str]:
+    """Arguments that score the test split, the base Whisper's own decoder beside the graft.
+
+    As asked now: of a run that is trained already, the recipe stays what it was trained by.
+    """
     split = recipe.evaluation.test_split
-    output = Path(recipe.run.dir) / "eval" / split
-    return ["--checkpoint", recipe.run.dir, "--split", split, "--output", str(output), "--base-whisper"]
+    words = ["--checkpoint", recipe.run.dir, "--split", split, "--output", str(Path(recipe.run.dir) / "eval" / split)]
+    return [*words, "--base-whisper", *arguments.overrides]
 
 
 def run(phase: Phase, log: Path) -> int:
     """Run a phase, show what is worth reading, keep all of it in ``log``; its exit code."""
-    launcher = [deepspeed(), "--num_gpus", str(phase.ranks), "--master_port", str(free_port())]
+    launcher = [deepspeed(), *which_gpus(phase.ranks), "--master_port", str(free_port())]
     line = [*(launcher if phase.ranks else [sys.executable]), *phase.words]
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -116,6 +119,21 @@ def run(phase: Phase, log: Path) -> int:
     if process.returncode:
         print(f"{phase.name} failed with exit code {process.returncode}; all it said is in {log}", file=sys.stderr)
     return process.returncode
+
+
+def which_gpus(ranks: int) -> list[str]:
+    """The launcher's words for so many ranks on the GPUs that are ours. ``--num_gpus`` would count from GPU 0.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES has names, and DeepSpeed's launcher knows numbers alone.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if on_gpu() else ""
+    if not visible:
+        return ["--num_gpus", str(ranks)]
+    numbers = [number.strip() for number in visible.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible}: DeepSpeed's launcher takes numbers alone, such as 0,1")
+    return ["--include", f"localhost:{','.join(numbers[:ranks])}"]
 
 
 def environment(ranks: int) -> dict[str, str]:

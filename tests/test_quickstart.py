@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT, Command
@@ -24,20 +25,42 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize(("gpus", "micro_batches", "ranks"), [(0, 2, 2), (1, 2, 1), (8, 2, 2), (8, 16, 8), (0, 1, 1)])
-def test_ranks_are_no_more_than_micro_batches(
-    gpus: int, micro_batches: int, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A machine of eight GPUs runs the shipped recipe, which has two."""
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """launch/quickstart.py as a module."""
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
     spec = importlib.util.spec_from_file_location("launch_quickstart", ROOT / "launch" / "quickstart.py")
-    command = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, command)
-    spec.loader.exec_module(command)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("gpus", "micro_batches", "ranks"), [(0, 2, 2), (1, 2, 1), (8, 2, 2), (8, 16, 8), (0, 1, 1)])
+def test_ranks_are_no_more_than_micro_batches(
+    command: ModuleType, gpus: int, micro_batches: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of eight GPUs runs the shipped recipe, which has two."""
     monkeypatch.setattr(command, "on_gpu", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     settings = [f"{stage}.micro_batches={micro_batches}" for stage in ("stage1", "stage2")]
     assert command.number_of_ranks(load_recipe(ROOT / "recipes" / "tiny.yaml", settings)) == ranks
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"), [("2, 3,5", "--include localhost:2,3"), ("", "--num_gpus 2"), ("GPU-6a1b", None)]
+)
+def test_the_gpus_that_are_ours(
+    command: ModuleType, visible: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --num_gpus the launcher ignores CUDA_VISIBLE_DEVICES, and takes GPU 0, which may be someone else's."""
+    monkeypatch.setattr(command, "on_gpu", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if words:
+        assert " ".join(command.which_gpus(2)) == words
+    else:
+        with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES is GPU-6a1b"):
+            command.which_gpus(2)
 
 
 @pytest.mark.slow
@@ -60,3 +83,16 @@ def test_quickstart_from_any_folder(run_python: Command, tmp_path: Path) -> None
     assert summary["wer"] < 0.5 < summary["wer_swapped"]
     assert summary["evaluation"]["num_utterances"] == 20 and summary["ranks"] == 2
     assert "WER, graft" in outcome.stdout and "[INFO]" not in outcome.stdout and "Traceback" not in outcome.stdout
+
+    run_python(
+        ROOT / "launch" / "quickstart.py",
+        ROOT / "recipes" / "tiny.yaml",
+        *words,
+        *SHORT,
+        f"run.dir={tmp_path / 'run'}",
+        "evaluation.alignment_weight=0",
+        cwd=tmp_path,
+        timeout_s=600,
+    )
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]
+    assert again["alignment_weight"] == 0 and again["step"] == summary["evaluation"]["step"], "only scored again"

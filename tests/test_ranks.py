@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Command
 
-from graft.ranks import AgreedValueError, Ranks, fair_share
+from graft.ranks import LAUNCHER, SLURM, AgreedValueError, Ranks, fair_share
+
+IN_A_STEP = {"SLURM_STEP_NUM_TASKS": "7"}
 
 
 def test_alone() -> None:
@@ -43,16 +45,32 @@ def test_only_ranks_of_the_same_machine_share_its_cores(hosts: str, rank: int, s
     ("environment", "expected"),
     [
         ({"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1"}, Ranks(3, 5, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "7", "SLURM_LOCALID": "2"}, Ranks(2, 7, 2)),
+        ({**IN_A_STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}, Ranks(2, 7, 2)),
+        ({**IN_A_STEP, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, Ranks(1, 2, 1)),
+        ({"SLURM_NTASKS": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),  # in a batch script
         ({}, Ranks(0, 1, 0)),
     ],
 )
 def test_from_environment(environment: dict, expected: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    in_environment(environment, monkeypatch)
+    assert Ranks.from_environment() == expected
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(4, "cuda:3"), (1, "cuda:0")])
+def test_a_task_of_slurm_may_see_its_own_gpu_alone(gpus: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_environment({**IN_A_STEP, "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, monkeypatch)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert str(Ranks.from_environment().device()) == device
+
+
+def in_environment(environment: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This and nothing else of a launcher's or Slurm's."""
+    for name in (*LAUNCHER, *SLURM):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Ranks.from_environment() == expected
 
 
 def test_two_ranks(run_launcher: Command, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from os.path import commonprefix
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from graft.data.loader import Entry
 from graft.data.progress import Meter
 from graft.lengths import audio_tokens
@@ -146,16 +148,16 @@ class PromptTemplate:
         """Positions of the training sequence of an utterance."""
         return self._frame_cost(num_frames, instruction) + len(self.text_ids(text))
 
-    def costs(self, entries: Sequence[Entry], quiet: bool = True) -> list[int]:
-        """:meth:`cost` of many utterances, tokenised some thousand together: the ids of all may not fit the memory."""
-        costs: list[int] = []
+    def costs(self, entries: Sequence[Entry], quiet: bool = True) -> np.ndarray:
+        """:meth:`cost` of many utterances (U,), tokenised some thousand together: all ids may not fit the memory."""
+        costs = np.empty(len(entries), dtype=np.int32)
         with Meter("counting tokens", len(entries), "utterances", quiet=quiet) as meter:
             for first in range(0, len(entries), TEXTS_AT_A_TIME):
                 part = [entries[i] for i in range(first, min(first + TEXTS_AT_A_TIME, len(entries)))]
                 texts = self._tokenised([entry.text for entry in part], as_text=True)
                 frames = (self._frame_cost(entry.num_frames, entry.instruction) for entry in part)
-                costs += map(add, frames, map(len, texts))
-                meter.set(len(costs))
+                costs[first : first + len(part)] = [*map(add, frames, map(len, texts))]
+                meter.set(first + len(part))
         return costs
 
     def _frame_cost(self, num_frames: int, instruction: str | None) -> int:

@@ -76,7 +76,7 @@ class Feed:
         """This rank's input of ``step``."""
         epoch, uses = self.plan.uses(step)
         uses.sort()  # utterances of equal cost go into micro-batches in this order
-        costs = [self.costs[utterance] for utterance, _ in uses]
+        costs = self.costs[[utterance for utterance, _ in uses]].tolist()
         groups = cut_step(range(len(uses)), costs, self.stage.micro_batches, self.stage.micro_batch_tokens)
         align = step < self.stage.alignment_steps
         numbers = rank_share(groups, costs, self.ranks)
