@@ -45,8 +45,8 @@ def report() -> Iterator[Figure]:
                 precomputed(folder / "whisper", Path(made) / "set", utterances)
 
         sides = {
-            "online": lambda: train(side, online),
-            "shards": lambda: train(side, shards),
+            "online": lambda: train(side, online, Data(features="online")),
+            "shards": lambda: train(side, shards, Data()),
             "making shards": make_shards,
         }
         taken = harness.rounds(sides, harness.gemm_probe(SHAPE.layer_shapes, harness.fast_dtype()))
@@ -77,8 +77,8 @@ def after_passes(making: float, online: float, shards: float) -> float:
     return making / (online - shards) if online > shards else float("inf")
 
 
-def train(side: Ours, source: FeatureSource) -> None:
+def train(side: Ours, source: FeatureSource, data: Data) -> None:
     """PASSES passes."""
-    feed = Feed(source, template(SHAPE, STACK_FACTOR), SETTINGS, Data(), Ranks(), seed=1)
+    feed = Feed(source, template(SHAPE, STACK_FACTOR), SETTINGS, data, Ranks(), seed=1)
     for inputs in feed.steps(0, PASSES * feed.plan.steps_per_epoch):
         side.step_on(inputs.micro_batches, inputs.num_label_tokens)

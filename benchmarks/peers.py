@@ -5,7 +5,9 @@
 *The seed* (github.com/kulsoom-abdullah/Qwen2-VL-Audio-Adapter, scripts 02 and 04): 1,500 audio tokens for every clip,
 one for each frame of the padded 30 s window, in batches of clips as they come (8; 4 in stage 2); gradient
 checkpointing; in stage 2 PEFT's fp32 adapters with dropout 0.05. Spared it here: the encoder in the loop, NF4 and the
-``Trainer``. Its stage 1 sets no checkpointing, but would not have fitted the GPUs it names without.
+``Trainer``. Its stage 1 sets no checkpointing, but would not have fitted the GPUs it names without: both are timed.
+
+Both train under autocast where the frozen weights are bf16, as the ``Trainer`` does with ``bf16=True``.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class Peer:
         self.model, self.batches, self.projector = model, batches, model.projector
         self.num_clips, self.num_labels = mini.clips_and_labels(batches)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.in_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
         self.adam = torch.optim.AdamW(self.trained, lr=mini.RATE)
 
     def step(self) -> None:
@@ -76,13 +79,21 @@ class Peer:
 
     def loss(self, batch: Batch) -> Tensor:
         """A micro-batch's share of the step's loss."""
-        return self.model(batch.to(self.projector.linear_1.weight.device), self.num_labels)
+        device = self.projector.linear_1.weight.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.in_bf16):
+            return self.model(batch.to(device), self.num_labels)
 
 
-def seed_form(graft: AudioGraftForConditionalGeneration, stage: int, shape: Shape = MINI, r: int = mini.R) -> Peer:
+def seed_form(
+    graft: AudioGraftForConditionalGeneration,
+    stage: int,
+    shape: Shape = MINI,
+    r: int = mini.R,
+    checkpointing: bool = True,
+) -> Peer:
     """The seed's own form of a stage, on the frozen weights of ``graft``."""
     lora = {"r": r, "lora_alpha": 2 * r, "lora_dropout": SEED_DROPOUT} if stage == 2 else {}
-    return Peer(stock(mini.restacked(graft, 1), checkpointing=True, **lora), seed_batches(stage, shape))
+    return Peer(stock(mini.restacked(graft, 1), checkpointing, **lora), seed_batches(stage, shape))
 
 
 def stock(graft: AudioGraftForConditionalGeneration, checkpointing: bool, **lora: Any) -> StockGraft:

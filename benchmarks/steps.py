@@ -21,6 +21,7 @@ from graft.model.lora import add_lora
 from graft.recipe import Lora
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+BARE = "seed without checkpointing"
 TARGETS = {(1, 4): ">= 22", (1, 8): ">= 32", (2, 4): ">= 22"}
 
 
@@ -34,12 +35,16 @@ def stage_1() -> Iterator[Figure]:
     """Against the seed's form, against Hugging Face on our tokens, and against the GEMM."""
     sides = {k: ours(1, k) for k in (4, 8)}
     plain = peers.Peer(peers.stock(sides[4].model, False), sides[4].batches)
-    seed = peers.seed_form(mini.graft(4, harness.fast_dtype()), 1)
+    seed, bare = (
+        peers.seed_form(mini.graft(4, harness.fast_dtype()), 1, checkpointing=checkpointing)
+        for checkpointing in (True, False)
+    )
     facts = compare(sides[4], plain)
     steps: dict[str, Callable[[], object]] = {f"ours {k}": side.step for k, side in sides.items()}
-    taken = harness.rounds({**steps, "hf": plain.step, "seed": seed.step}, probe())
+    taken = harness.rounds({**steps, "hf": plain.step, "seed": seed.step, BARE: bare.step}, probe())
     for k, side in sides.items():
         yield seed_ratio(taken, f"ours {k}", side, seed, 1, facts)
+        yield bare_ratio(taken, f"ours {k}", side, bare)
     value, agrees, clocks = harness.ratio(taken, "hf", "ours 4")
     yield Figure(
         "step1.hf_same_tokens", value, "x", "Hugging Face's forward(labels=) on the same micro-batches / ours",
@@ -91,10 +96,18 @@ def seed_ratio(taken: Sequence[Round], name: str, ours: Ours, seed: peers.Peer, 
     """Clips a second, ours over the seed's."""
     value, agrees, clocks = harness.ratio(taken, "seed", name, ours.num_clips / seed.num_clips)
     clips = ours.num_clips / min(r.spent[name].wall for r in taken)
-    what = "clips a second, ours / the seed's form on stock Hugging Face"
+    what = "clips a second, ours / the seed's form on stock Hugging Face, with gradient checkpointing"
     k = ours.model.config.stack_factor
     facts = {**clocks, "clips/s": clips, **facts}
     return Figure(f"step{stage}.seed_ratio.stack{k}", value, "x", what, TARGETS[stage, k], agrees, facts)
+
+
+def bare_ratio(taken: Sequence[Round], name: str, ours: Ours, seed: peers.Peer) -> Figure:
+    """The same over the seed's form without checkpointing, which its script leaves out and its GPUs would need."""
+    value, agrees, clocks = harness.ratio(taken, BARE, name, ours.num_clips / seed.num_clips)
+    what = "clips a second, ours / the seed's form without gradient checkpointing"
+    k = ours.model.config.stack_factor
+    return Figure(f"step1.seed_ratio.stack{k}.bare", value, "x", what, published=agrees, facts=clocks)
 
 
 def gemm_fraction(taken: Sequence[Round], name: str, ours: Ours) -> Figure:

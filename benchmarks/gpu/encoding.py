@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.bench import Bench, rate, ratio, share_of_gemm
-from benchmarks.harness import Figure
+from benchmarks.harness import CPU, Figure
 from benchmarks.whisper import noise, random_whisper
 from graft.data.loader import Prefetcher
 from graft.lengths import SAMPLE_RATE
@@ -35,6 +35,7 @@ def full(bench: Bench) -> Iterator[Figure]:
     peers = {
         "hf with extractor": (lambda: stock(encoder, extracted(encoder, few)), len(few)),
         "hf encoder": (lambda: stock(encoder, mels.to(bench.device)), len(batch)),
+        "hf with extractor on device": (lambda: stock(encoder, extracted(encoder, batch, bench.device)), len(batch)),
     }
     yield from figures(bench, "full", encoder, batch, peers)
 
@@ -67,7 +68,7 @@ def figures(
             f"hours of audio an hour, {len(batch[0]) / SAMPLE_RATE:g} s clips, waveforms to frames on the host, {side}"
         )
         yield rate(f"enc.{kind}{suffix}", taken, side, hours, "audio-h/h", what, target, **facts)
-    for (name, (_, count)), target in zip(peers.items(), (">= 5", ""), strict=False):
+    for (name, (_, count)), target in zip(peers.items(), (">= 5", "", ""), strict=False):
         value, steady, facts = ratio(taken, name, "one thread", clips / count)
         what = f"clips a second, waveforms to frames on the host / {name}, both in bf16"
         yield Figure(f"enc.{kind}.{name.replace(' ', '_')}_ratio", value, "x", what, target, steady, facts)
@@ -92,10 +93,10 @@ def in_threads(encoder: SpeechEncoder, batches: Sequence[Sequence[np.ndarray]], 
         pass
 
 
-def extracted(encoder: SpeechEncoder, batch: Sequence[np.ndarray]) -> torch.Tensor:
+def extracted(encoder: SpeechEncoder, batch: Sequence[np.ndarray], on: torch.device = CPU) -> torch.Tensor:
     """Mels (B, n_mels, M) by Hugging Face's extractor, clip by clip as its documentation has it."""
-    make = encoder.extractor
-    mels = [make(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features for clip in batch]
+    make, said = encoder.extractor, {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "device": str(on)}
+    mels = [make(clip, **said).input_features for clip in batch]
     return torch.cat(mels).to(encoder.device, encoder.dtype)
 
 

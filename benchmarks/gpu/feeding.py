@@ -56,7 +56,7 @@ def waiting(bench: Bench) -> Iterator[Figure]:
         found, engine = sustained(bench, name, 1, FEED_S)
         free()
         facts = {"samples/s": found.rate, "steps": found.steps, "seconds": found.seconds, "engine": engine}
-        what = f"share of the time that stage 1 of the {name.upper()} waits for clips from shards on a local disk"
+        what = f"share of the time that stage 1 of the {name.upper()} waits for clips from shards in the page cache"
         yield Figure(f"feed.{name}", found.waited_s / found.seconds, "", what, target, facts=facts)
 
 

@@ -41,6 +41,9 @@ def stage_1(bench: Bench, name: str) -> Iterator[Figure]:
     if name == "7b":  # before an engine puts its hooks into what is copied
         sides["hf"] = fitted(peers.Peer(peers.stock(base, False), clips), num_clips, shape, bench)
         sides["seed"] = peers.seed_form(base, 1, shape)
+        bare = peers.seed_form(base, 1, shape, checkpointing=False)
+        sides |= {"seed without checkpointing": bare} if fits_memory(bare.step) else {}
+        forget_gradients(bare)
     sides["ours compiled"] = Ours(compiled_copy(bench, base), 1, clips)
     sides["ours"] = Ours(lean(base), 1, clips)
     yield from figures(bench, f"step1.{name}", sides, shape, 0)
@@ -92,7 +95,8 @@ def about(taken: Sequence[Round], kind: str, ours: Ours, shape: Shape, r: int) -
 
 PEERS = {
     ("step1", "hf"): ("Hugging Face's forward(labels=) on the same clips", ">= 1.6"),
-    ("step1", "seed"): ("the seed's form on stock Hugging Face", ">= 15"),
+    ("step1", "seed"): ("the seed's form on stock Hugging Face, with gradient checkpointing", ">= 15"),
+    ("step1", "seed without checkpointing"): ("the seed's form without gradient checkpointing", ""),
     ("step2", "hf"): ("PEFT as its defaults have it, on stock Hugging Face, the same clips", ">= 2.2"),
     ("step2", "peft in bf16"): ("PEFT with adapters in bf16, on stock Hugging Face, the same clips", ">= 1.6"),
 }
