@@ -15,6 +15,7 @@ from conftest import ROOT, Command
 from corpus import RECIPE, assert_same_checkpoint, few_utterances, losses, utterances
 from graft.command import STOPPED
 from graft.run_dir import checkpoint_steps
+from graft.train.stopping import ONE_REQUEST_S
 
 PRECOMPUTE = ROOT / "shards" / "precompute.py"
 NUM_STEPS, PATIENCE_S = 12, 2
@@ -102,6 +103,22 @@ def test_ranks_save_and_leave(whom: str, start: Callable[..., Training], straigh
     steps = checkpoint_steps(training.run_dir)
     assert steps and 2 <= steps[-1] < NUM_STEPS, training.log.read_text()[-3000:]
     assert_same_checkpoint(training.run_dir, straight, steps[-1])
+
+
+def test_asked_twice_it_ends_at_once(start: Callable[..., Training]) -> None:
+    """The first request waits for a step that does not end: the other rank stands still."""
+    training = start()
+    training.wait_for(r"step +1/")
+    rank, other = training.ranks()
+    os.kill(other, signal.SIGSTOP)
+    os.kill(rank, signal.SIGTERM)
+    time.sleep(ONE_REQUEST_S + 1)
+    assert rank in training.ranks()
+    os.kill(rank, signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while rank in training.ranks():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_asked_before_there_is_anything_to_save(start: Callable[..., Training]) -> None:

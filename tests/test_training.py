@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from corpus import RECIPE, few_utterances, logged, losses, utterances
 from graft.recipe import load_recipe
 from graft.run_dir import checkpoint_steps, step_folder
+from graft.train.loop import MAX_SKIPPED
 
 PRECOMPUTE = ROOT / "shards" / "precompute.py"
 NUM_STEPS = 6
@@ -217,6 +218,14 @@ def test_another_runs_folder_is_refused(words: list[str], straight: Path, run_la
     outcome = run_launcher(*line, expect=2, timeout_s=400)
     assert "holds another run" in outcome.stderr
     assert "stage1.learning_rate: 2e-05 there, 0.5 here" in outcome.stderr
+
+
+def test_gradients_that_stay_infinite_end_the_run(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    """The first update of such a size makes weights of which no other step can come."""
+    line = [TRAIN, RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}", "stage1.learning_rate=1e30"]
+    outcome = run_launcher(*line, expect=1, timeout_s=400)
+    assert outcome.stdout.count("skipped: its gradient is not finite on some rank") == MAX_SKIPPED == 5
+    assert re.search(r"5 steps in a row without a finite gradient; the last: \('train-", outcome.stderr)
 
 
 def test_stage_2_without_stage_1(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
