@@ -1,7 +1,8 @@
 """What every command has in common: arguments, logging, exit codes.
 
 Exit codes: 0 done; 1 a fault of ours or of the machine; 2 the user's input or recipe; 75 stopped on request with
-all that was done saved (EX_TEMPFAIL of sysexits.h: run the same command again to go on).
+all that was done saved (EX_TEMPFAIL of sysexits.h: run the same command again to go on); 130 Ctrl-C elsewhere, as
+shells have it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 
 from graft.ranks import AgreedValueError, Ranks
 
-DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 75
+DONE, FAULT, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
@@ -37,7 +38,12 @@ def run(main: Callable[[argparse.Namespace], int | None], arguments: argparse.Ar
         _explain(error, ranks)
         code = USER_ERROR
     except KeyboardInterrupt:
-        code = 130  # the shell's code for Ctrl-C
+        code = INTERRUPTED
+    except Exception:
+        if ranks.world_size == 1:
+            raise
+        traceback.print_exc()  # before this process ends: the others then see that it has
+        code = FAULT
     sys.stdout.flush()
     sys.stderr.flush()
     if ranks.world_size == 1:

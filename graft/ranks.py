@@ -23,9 +23,14 @@ Result = TypeVar("Result")
 USERS_FAULTS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-# Names of rank, number of ranks and rank on this machine, in the environment
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# Rank, number of ranks and rank on this machine, as a launcher names them in the environment. A batch script or shell
+# of Slurm's is no step of srun: it has not the second.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # deepspeed --launcher openmpi
+    SLURM,
+)
 
 
 class AgreedValueError(ValueError):
@@ -46,16 +51,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read what the ``deepspeed`` launcher, ``torchrun`` or Slurm's ``srun`` has set; alone without them.
-
-        A batch script or shell of Slurm's is no step of ``srun``: a command that is typed there is alone.
-        """
-        by_srun = "RANK" not in os.environ and SLURM[1] in os.environ
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default))
-            for name, default in zip(SLURM if by_srun else LAUNCHER, (0, 1, 0), strict=True)
-        )
-        if by_srun and on_gpu() and torch.cuda.device_count() == 1:
+        """Read what one of :data:`LAUNCHERS` has set; alone without them."""
+        names = next((names for names in LAUNCHERS if all(name in os.environ for name in names)), None)
+        if names is None:
+            return cls()
+        rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+        if names is SLURM and on_gpu() and torch.cuda.device_count() == 1:
             local_rank = 0  # --gpus-per-task and the like: each task sees its own GPU alone
         return cls(rank, world_size, local_rank)
 
@@ -188,10 +189,12 @@ def _meet(ranks: Ranks, patience: timedelta) -> dist.Store:
     """A store in which every rank has said that it is there."""
     host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500"))
-    for name, number in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
-        os.environ.setdefault(name, str(number))  # Slurm has other names; torch and deepspeed look for these
+    for name, number in zip(LAUNCHERS[0], (ranks.rank, ranks.world_size, ranks.local_rank), strict=True):
+        os.environ.setdefault(name, str(number))  # torch and deepspeed look for these
     try:
-        store = dist.TCPStore(host, port, is_master=ranks.is_first, timeout=patience, wait_for_workers=False)
+        store = of_this_attempt(
+            dist.TCPStore(host, port, is_master=ranks.is_first, timeout=patience, wait_for_workers=False)
+        )
         store.set(f"came/{ranks.rank}", "")
         names = [f"came/{rank}" for rank in range(ranks.world_size)]
         store.wait(names, patience)
@@ -202,6 +205,11 @@ def _meet(ranks: Ranks, patience: timedelta) -> dist.Store:
     except dist.DistNetworkError as error:
         raise ValueError(f"rank {ranks.rank} cannot reach rank 0 at {host}:{port}: {error}") from error
     return store
+
+
+def of_this_attempt(store: dist.Store) -> dist.Store:
+    """``store`` without what an earlier attempt left in it: torchrun keeps its own when it starts ranks again."""
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _who_came(ranks: Ranks, store: dist.Store | None, patience: timedelta) -> str:

@@ -318,7 +318,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}, expected sections such as 'bases:' and 'run:'")
-    places = {key: f"{path}:{line}" for key, line in _lines(node)}
+    places: dict[Key, str] = {}
+    for key, line in _lines(node):
+        if key in places:  # YAML would take the last one, and what the first one held would be gone
+            raise ValueError(f"{path}:{line}: {'.'.join(map(str, key))} is there already, at {places[key]}")
+        places[key] = f"{path}:{line}"
     return _anchored(tree, path.resolve().parent), places
 
 

@@ -15,6 +15,8 @@ has a name that begins with a dot, counts for nothing, and is gone after the nex
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -178,6 +180,25 @@ def clear_debris(run_dir: Path) -> None:
     """Remove what a kill has left of checkpoints that were being written or removed."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def take_lock(path: Path) -> int | None:
+    """Lock ``path``, which is made: a descriptor to close, after which it is free; None where another process has it.
+
+    The lock goes with the process that holds it, killed or not. Where a file system knows no locks, nobody is kept out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            os.close(descriptor)
+            raise
+    return descriptor
 
 
 def write_whole(path: Path, text: str) -> None:

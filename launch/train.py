@@ -27,16 +27,26 @@ from graft.data.views import load_utterance
 from graft.evaluation.evaluate import can_be_swapped, evaluate
 from graft.evaluation.transcribe import Interrupted
 from graft.lengths import SAMPLE_RATE
-from graft.model.assemble import Assembled, assemble
+from graft.model.assemble import ADAPTER_FOLDER, Assembled, assemble
 from graft.model.lean import save_less
 from graft.model.trainable import describe, select_trainable
 from graft.ranks import Ranks, stop
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import check_encoder
+from graft.run_dir import FILES_FILE, check_encoder, digest, verify_checkpoint
 from graft.sources import Sources
 from graft.tracker import NullTracker, tracker_for
 from graft.train.checkpoint import Checkpoints, Position, resume_optimizer
-from graft.train.claim import beginning, check_is_ours, claim, dress, is_over, settings_that_matter, versions
+from graft.train.claim import (
+    beginning,
+    check_is_ours,
+    check_same_inputs,
+    claim,
+    dress,
+    is_over,
+    keep_others_out,
+    settings_that_matter,
+    versions,
+)
 from graft.train.engine import Engine, resolve_ds_config, start_process_group
 from graft.train.feed import Feed
 from graft.train.guard import check_alike, inputs_of
@@ -56,11 +66,11 @@ def main(arguments: argparse.Namespace) -> int:
     stop_request = StopRequest(exit_code=command.STOPPED)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     ranks = start_process_group(recipe.run.timeout_s, recipe.run.start_timeout_s)
-    try:
-        with Heartbeat(ranks, stop_request, recipe.run.patience_s, recipe.run.timeout_s) as heartbeat:
-            return train(recipe, arguments.stage, arguments.start_from, heartbeat, arguments.profile)
-    finally:
-        stop()
+    with Heartbeat(ranks, stop_request, recipe.run.patience_s, recipe.run.timeout_s) as heartbeat:
+        code = train(recipe, arguments.stage, arguments.start_from, heartbeat, arguments.profile)
+    # Not on the way of an error: NCCL would first wait for ranks that are in a collective which this one never joins
+    stop()
+    return code
 
 
 def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heartbeat, profiled: bool = False) -> int:
@@ -78,9 +88,9 @@ def train(recipe: Recipe, number: int, start_from: Path | None, heartbeat: Heart
     template = PromptTemplate.from_processor(graft.processor, recipe.prompt.system, recipe.prompt.instruction)
     source = sources.open_mixed(recipe.data.train_split)
     feed = Feed(source, template, stage, recipe.data, ranks, recipe.run.seed + number)
-    if checkpoint:
-        check_encoder(checkpoint, sources.fingerprint)
     about = agree(recipe, number, graft, sources, feed, ranks)
+    if checkpoint:
+        check_fits(checkpoint, about, resumed)
     heartbeat.heart.works("starting the engine")
     engine = Engine(graft.model, rates, stage, ds_config, ranks)
     if resumed:
@@ -120,11 +130,13 @@ def begin(
             f"the recipe asks for {recipe.run.ranks} ranks (run.ranks) and {ranks.world_size} were started: "
             "a hostfile that is not found makes deepspeed start on this machine alone"
         )
-    ranks.by_first(lambda: check_is_ours(run_dir, recipe, number))
-    position, checkpoint = ranks.together(lambda: beginning(run_dir, number, start_from))
-    if ranks.together(lambda: is_over(run_dir, position, recipe.stage(number).max_steps)):
+    position, checkpoint, nothing_left = ranks.gather(ranks.by_first(lambda: where(recipe, number, start_from)))[0]
+    if nothing_left:
         LOG.info("stage %d is at its end in %s: nothing is left to do", number, checkpoint)
         return None
+    if checkpoint:
+        ranks.together(lambda: None if ranks.is_first else verify_checkpoint(checkpoint))
+        check_alike({"checkpoint": digest(checkpoint / FILES_FILE)}, ranks)
     ranks.by_first(lambda: claim(run_dir, recipe, number, ds_config))
     resumed = checkpoint is not None and position.stage_step > 0
     LOG.info(
@@ -135,6 +147,18 @@ def begin(
         "" if ranks.world_size == 1 else "s",
     )
     return position, checkpoint, resumed
+
+
+def where(recipe: Recipe, number: int, start_from: Path | None) -> tuple[Position, Path | None, bool]:
+    """The position, the checkpoint to begin with, and whether nothing is left to do.
+
+    Rank 0 alone looks: another might see the folder as it was a moment ago, and train something else.
+    """
+    run_dir = Path(recipe.run.dir)
+    check_is_ours(run_dir, recipe, number)
+    keep_others_out(run_dir)
+    position, checkpoint = beginning(run_dir, number, start_from)
+    return position, checkpoint, is_over(run_dir, position, recipe.stage(number).max_steps)
 
 
 def build(
@@ -170,10 +194,22 @@ def agree(recipe: Recipe, number: int, graft: Assembled, sources: Sources, feed:
         "settings": settings_that_matter(recipe, number),
         "encoder_fingerprint": sources.fingerprint,
         "versions": versions(),
+        "inputs": inputs_of(feed),
     }
     shapes = {name: list(weight.shape) for name, weight in select_trainable(graft.model, number).items()}
-    check_alike(about | {"inputs": inputs_of(feed), "trained": shapes}, ranks)
+    check_alike(about | {"trained": shapes}, ranks)
     return about
+
+
+def check_fits(checkpoint: Path, about: dict[str, Any], resumed: bool) -> None:
+    """Refuse tensors that were trained on another encoder's features, and to go on with other utterances.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    check_encoder(checkpoint, about["encoder_fingerprint"])
+    if resumed:
+        check_same_inputs(checkpoint, about["inputs"])
 
 
 def meter(engine: Engine, graft: Assembled, recipe: Recipe, ranks: Ranks) -> StepMeter:
@@ -211,6 +247,8 @@ def evaluation(
 ) -> Evaluate:
     """What the loop calls to know how well the model transcribes."""
     source, ranks, most = sources.open(recipe.evaluation.split), heartbeat.ranks, recipe.evaluation.max_utterances
+    if not source.entries:
+        raise ValueError(f"split '{recipe.evaluation.split}', which scores the training, holds no utterance to be used")
     swapped = can_be_swapped(source, recipe.evaluation, most)
     if not swapped:
         LOG.warning(
@@ -244,7 +282,10 @@ def evaluation(
 
 
 def _start(checkpoint: Path | None) -> str:
-    return f"starting from the projector of {checkpoint}" if checkpoint else "starting fresh"
+    if checkpoint is None:
+        return "starting fresh"
+    adapters = " and adapters" if (checkpoint / ADAPTER_FOLDER).is_dir() else ""
+    return f"starting from the projector{adapters} of {checkpoint}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Killed and started again, it goes on where it was: shards that are whole are not
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import logging
@@ -59,7 +58,7 @@ from graft.lengths import Window, WindowExceeded
 from graft.model.encoder import SpeechEncoder
 from graft.ranks import USERS_FAULTS, AgreedValueError, Ranks
 from graft.recipe import Recipe, load_recipe
-from graft.run_dir import naming, window_of
+from graft.run_dir import naming, take_lock, window_of
 
 LOG = logging.getLogger("graft.precompute")
 
@@ -135,13 +134,9 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     def lock() -> int | None:
         if not ranks.is_first:
             return None
-        (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / PARTS / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(f"another precomputation is writing {folder}; wait for it or stop it") from None
+        descriptor = take_lock(folder / PARTS / ".lock")
+        if descriptor is None:
+            raise ValueError(f"another precomputation is writing {folder}; wait for it or stop it")
         return descriptor
 
     descriptor = ranks.together(lock)

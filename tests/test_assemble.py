@@ -229,10 +229,13 @@ def test_trained_weights_come_back(recipe: Recipe, tmp_path: Path) -> None:
 def test_trained_weights_that_do_not_fit(recipe: Recipe, tmp_path: Path) -> None:
     save_trained(tmp_path, assemble(recipe).model)
     bases = Path(recipe.bases.whisper), Path(recipe.bases.qwen2_vl)
-    with pytest.raises(ValueError, match=r"linear_1\.weight is \(48, 96\), the model's is \(48, 72\)"):
+    with pytest.raises(ValueError, match="stack_factor is 4 there, 3 here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"stack_factor": 3})).model)
-    with pytest.raises(ValueError, match="does not fit the model"):
+    with pytest.raises(ValueError, match="kind is 'mlp' there, 'swiglu' here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"kind": "swiglu"})).model)
+    save_file({"linear_1.weight": torch.zeros(48, 96)}, tmp_path / "projector.safetensors")
+    with pytest.raises(ValueError, match=r"projector.safetensors does not fit the model: it lacks 3 tensors"):
+        load_trained(tmp_path, assemble(recipe).model)
     with pytest.raises(ValueError, match="holds no projector.safetensors"):
         load_trained(tmp_path / "nothing", assemble(recipe).model)
 

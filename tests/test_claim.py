@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 
 from graft.ranks import Ranks
 from graft.recipe import Recipe
-from graft.run_dir import checkpoint_steps, step_folder, whole_folder, write_whole
+from graft.run_dir import checkpoint_steps, step_folder, take_lock, whole_folder, write_whole
 from graft.train.checkpoint import Checkpoints, Position
-from graft.train.claim import RUN_FILE, beginning, claim, is_over
+from graft.train.claim import LOCK_FILE, RUN_FILE, beginning, check_same_inputs, claim, is_over, keep_others_out
 
 BASES = {"whisper": "openai/whisper-large-v3-turbo", "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct"}
 
@@ -179,3 +181,24 @@ def test_where_a_stage_ended_stays(tmp_path: Path) -> None:
         saved(tmp_path, stage, step)
     Checkpoints(tmp_path, Ranks(), keep=1, about={})._prune(80)
     assert checkpoint_steps(tmp_path) == [40, 80]
+
+
+def test_a_second_training_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graft.train.claim.LEAVING_S", 1)
+    held = take_lock(tmp_path / LOCK_FILE)
+    with pytest.raises(ValueError, match="another training writes to"):
+        keep_others_out(tmp_path)
+    threading.Timer(0.3, os.close, [held]).start()
+    keep_others_out(tmp_path)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_other_data_are_refused_where_they_are_known(tmp_path: Path, known: bool) -> None:
+    inputs = {"utterances": ["48 of 48"], "utterances_digest": "a"}
+    (tmp_path / "state.json").write_text(json.dumps({"inputs": inputs} if known else {}))
+    check_same_inputs(tmp_path, inputs)
+    other = {"utterances": ["40 of 40"], "utterances_digest": "b"}
+    if not known:  # a checkpoint of an earlier version
+        return check_same_inputs(tmp_path, other)
+    with pytest.raises(ValueError, match=r"utterances: \['48 of 48'\] there, \['40 of 40'\] now"):
+        check_same_inputs(tmp_path, other)

@@ -48,6 +48,15 @@ def test_nothing_is_read_before_the_update(seen: dict) -> None:
     assert 0 < updated_1 == updated_8 <= (9 if seen["offload"] else 8), seen["reads"]  # as DeepSpeed 0.19.8 does
 
 
+def test_no_clock_waits_for_the_device(seen: dict) -> None:
+    assert seen["waits"] == 0
+
+
+def test_deepspeeds_groups_time_out_as_ours_does(seen: dict) -> None:
+    """It makes some of its own, and reduces gradients in one of them."""
+    assert len(seen["timeouts"]) > 1 and set(seen["timeouts"]) == {60.0}
+
+
 def test_learning_rates_are_the_groups_own(seen: dict) -> None:
     """Adam's first update has the size of the learning rate: half of 0.1 for one, half of 0.01 for the other."""
     assert seen["first_update"] == pytest.approx([0.05, 0.005], rel=1e-4)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,25 @@ def test_what_cannot_be_used_is_found_before_training(tmp_path: Path) -> None:
     assert [e.id for e in source.entries] == ["good"]
     assert [(r.line, r.id) for r in source.rejects] == [(2, "long"), (3, "empty"), (4, "torn")]
     assert "16160 samples" in source.rejects[0].reason
+
+
+@pytest.mark.parametrize(
+    ("length", "told", "reason"),
+    [
+        (1.01, 1.0, "16160 samples"),  # a rounded duration: the whole file is heard, and is too long
+        (0.5, 0.7, "0.500 s of audio, its manifest line says 0.7 s"),
+        (0.5, 0.55, None),
+        (1.5, 0.9, None),  # a piece of the file
+    ],
+)
+def test_what_is_accepted_can_be_read(tmp_path: Path, length: float, told: float, reason: str | None) -> None:
+    """A plan comes to the same utterance after each resume: it must not be refused there."""
+    made = manifest(tmp_path, u=length)
+    source = OnlineSource(replace(made, utterances=[replace(made.utterances[0], duration=told)]), encode, window=WINDOW)
+    if reason:
+        assert [r.id for r in source.rejects] == ["u"] and reason in source.rejects[0].reason
+    else:
+        assert [len(frames) for frames in source.read_many([0])] == [source.entries[0].num_frames]
 
 
 @pytest.mark.parametrize(("policy", "frames"), [("join", 117), ("truncate", 50)])

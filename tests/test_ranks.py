@@ -1,12 +1,13 @@
 """Ranks as a value: alone in this process; two real ones in ``programs/two_ranks.py``."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command
+from conftest import ROOT, Command, free_port
 
-from graft.ranks import LAUNCHER, SLURM, AgreedValueError, Ranks, fair_share
+from graft.ranks import LAUNCHERS, AgreedValueError, Ranks, fair_share
 
 IN_A_STEP = {"SLURM_STEP_NUM_TASKS": "7"}
 
@@ -48,6 +49,7 @@ def test_only_ranks_of_the_same_machine_share_its_cores(hosts: str, rank: int, s
         ({**IN_A_STEP, "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}, Ranks(2, 7, 2)),
         ({**IN_A_STEP, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, Ranks(1, 2, 1)),
         ({"SLURM_NTASKS": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),  # in a batch script
+        ({f"OMPI_COMM_WORLD_{name}": "5" for name in ("RANK", "SIZE", "LOCAL_RANK")}, Ranks(5, 5, 5)),
         ({}, Ranks(0, 1, 0)),
     ],
 )
@@ -67,7 +69,7 @@ def test_a_task_of_slurm_may_see_its_own_gpu_alone(gpus: int, device: str, monke
 
 def in_environment(environment: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """This and nothing else of a launcher's or Slurm's."""
-    for name in (*LAUNCHER, *SLURM):
+    for name in (name for names in LAUNCHERS for name in names):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -83,3 +85,13 @@ def test_two_ranks(run_launcher: Command, tmp_path: Path) -> None:
         assert "rank 1: versions.torch is '2.12.0', on rank 0 '2.13.0'" in rank["guard"]
         assert "rank 1: trained.projector.weight is None, on rank 0 [3, 4]" in rank["guard"]
         assert rank["agreed"] == "bad audio (rank 1 of 2)" and rank["kind"] == "AgreedValueError"
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_meet_anew(run_python: Command, tmp_path: Path) -> None:
+    """Its store still holds what those before them have said."""
+    words = ["--nproc-per-node=2", "--max-restarts=1", f"--master-port={free_port()}"]
+    script = Path(sys.executable).with_name("torchrun")
+    run_python(script, *words, ROOT / "tests" / "programs" / "fails_once.py", tmp_path, timeout_s=200)
+    met = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert met == {f"attempt {attempt}, rank {rank}": "[3.0]" for attempt in range(2) for rank in range(2)}

@@ -99,6 +99,15 @@ def test_not_a_recipe(tmp_path: Path, text: str, told: str) -> None:
         load_recipe(path)
 
 
+def test_a_key_that_is_there_twice(file: Path, tmp_path: Path) -> None:
+    """YAML takes the last one: what the first section held would be gone without a word."""
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(file.read_text() + "stage1:\n  max_steps: 7\nstage1:\n  voice_mixing: 1\n")
+    first = twice.read_text().splitlines().index("stage1:") + 1
+    with pytest.raises(ValueError, match=rf"twice.yaml:\d+: stage1 is there already, at \S+twice.yaml:{first}$"):
+        load_recipe(twice)
+
+
 def test_a_missing_recipe_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="tinny.yaml does not exist; did you mean .*tiny.yaml"):
         load_recipe(ROOT / "recipes" / "tinny.yaml")

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from conftest import ROOT, Command
 from safetensors.torch import load_file
 
 from corpus import RECIPE, few_utterances, logged, losses, utterances
+from graft.command import STOPPED
 from graft.recipe import load_recipe
 from graft.run_dir import checkpoint_steps, step_folder
 from graft.train.loop import MAX_SKIPPED
@@ -160,6 +162,36 @@ def test_a_sound_that_cannot_be_heard_stops_no_training(tmp_path: Path, monkeypa
     assert heard == [f"valid/{line['id']}" for line in lines[1:3]]
 
 
+def test_all_ranks_go_on_from_where_the_first_one_stands(
+    words: list[str], straight: Path, run_launcher: Command, tmp_path: Path
+) -> None:
+    """One that sees the folder as it was would take other steps, at another learning rate, and nobody would notice."""
+    line = [RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}"]
+    run_launcher(TRAIN, *line, "run.stop_after=4", expect=STOPPED, timeout_s=400)
+    run_launcher(ROOT / "tests" / "programs" / "train_half_blind.py", *line, timeout_s=400)
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_other_data_are_refused_at_resume(run_launcher: Command, run_python: Command, tmp_path: Path) -> None:
+    """The same command, after lines were taken out of the manifest and the set was made anew."""
+    for number in (12, 10):
+        words = few_utterances(tmp_path, train=number, valid=5)
+        shards = f"data.shards={tmp_path / f'sets of {number}'}"
+        run_python(PRECOMPUTE, RECIPE, *words, shards, "--split", "train", "--split", "valid", timeout_s=400)
+        line = [TRAIN, RECIPE, "--stage", "1", *words, *QUICK, shards, f"run.dir={tmp_path / 'run'}"]
+        outcome = run_launcher(*line, "run.stop_after=2", expect=STOPPED if number == 12 else 2, timeout_s=400)
+    assert "utterances: ['12 of 12'] there, ['10 of 10'] now" in outcome.stderr
+
+
+def test_the_error_of_one_rank_is_told(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
+    """NCCL waits for the other ranks before it lets go: an error must not wait for that."""
+    started = time.monotonic()
+    line = [RECIPE, "--stage", "1", *words, f"run.dir={tmp_path / 'run'}"]
+    outcome = run_launcher(ROOT / "tests" / "programs" / "fault_on_a_gpu.py", *line, expect=1, timeout_s=300)
+    assert "CUDA out of memory: the real reason" in outcome.stderr
+    assert time.monotonic() - started < 200
+
+
 def test_a_finished_stage_has_nothing_left_to_do(straight: Path, words: list[str], run_launcher: Command) -> None:
     """What was logged since, by whichever stage, stays."""
     names = ("metrics.jsonl", "recipe.yaml", "run.json")
@@ -245,6 +277,12 @@ def test_stage_2_starts_from_stage_1_and_says_so(
     last = step_folder(run_dir, NUM_STEPS + 3)
     assert (last / "adapter" / "adapter_model.safetensors").is_file()
     assert any(not torch.equal(weights(run_dir)[name], tensor) for name, tensor in weights(run_dir, 9).items())
+
+    line = [TRAIN, RECIPE, "--stage", "2", "--from", last, *words, f"run.dir={tmp_path / 'another'}"]
+    outcome = run_launcher(*line, "lora.alpha=8", expect=2, timeout_s=400)
+    assert "lora.alpha is 64 there, 8 here" in outcome.stderr
+    outcome = run_launcher(*line, timeout_s=400)
+    assert f"starting from the projector and adapters of {last}" in outcome.stdout
 
 
 def test_dropout_does_not_depend_on_the_number_of_ranks(

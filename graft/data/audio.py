@@ -63,6 +63,17 @@ def header_duration(path: Path) -> float:
         return file.frames / file.samplerate
 
 
+def piece_duration(path: Path, offset: float = 0.0, duration: float | None = None) -> float:
+    """Seconds that :func:`load_audio` will give of the same piece, from the file's header alone.
+
+    Raises:
+        AudioError: as it would, but for what only its samples tell.
+    """
+    rest = header_duration(path) - offset
+    check_length(path, rest, duration)
+    return rest if duration is None or rest - duration <= TOO_LONG_S else duration
+
+
 def check_length(path: Path, found_s: float, expected_s: float | None) -> None:
     """Refuse a file that holds less than its manifest line says: it is damaged, or another one.
 

@@ -20,7 +20,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from graft.data.audio import AudioError, LongAudio, header_duration, windows
+from graft.data.audio import AudioError, LongAudio, piece_duration, windows
 from graft.data.manifest import Manifest, Reject, Utterance
 from graft.data.shard_format import FeatureSet
 from graft.data.views import load_utterance
@@ -117,10 +117,7 @@ class OnlineSource:
         return [torch.cat([next(frames) for _ in several]) for several in pieces]
 
     def _entry(self, utterance: Utterance) -> OnlineEntry:
-        whole = header_duration(utterance.audio_filepath) - utterance.offset
-        duration = whole if utterance.duration is None else min(whole, utterance.duration)
-        if duration <= 0:
-            raise AudioError(f"{utterance.audio_filepath}: holds no samples after {utterance.offset:g} s")
+        duration = piece_duration(utterance.audio_filepath, utterance.offset, utterance.duration)
         duration = replace(utterance, duration=duration).heard_s
         samples = num_samples(duration)
         if self._long_audio == "reject":

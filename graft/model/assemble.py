@@ -151,11 +151,17 @@ def load_trained(folder: str | Path, model: AudioGraftForConditionalGeneration) 
     """Read what :func:`save_trained` wrote into an assembled model; adapters are injected if the folder has them.
 
     Raises:
-        ValueError: if the folder holds no projector, or tensors do not fit.
+        ValueError: if the folder holds no projector, one of other settings, or tensors that do not fit.
     """
     folder = Path(folder)
     if not (folder / PROJECTOR_FILE).is_file():
         raise ValueError(f"{folder} holds no {PROJECTOR_FILE}: a folder written by save_trained() was expected")
+    there, here = json.loads((folder / PROJECTOR_SETTINGS_FILE).read_text()), model.config.projector_settings()
+    told = [
+        f"{name} is {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]
+    ]
+    if told:
+        raise ValueError(f"the projector of {folder} is not the model's: {'; '.join(told)}")
     parameters = dict(model.model.multi_modal_projector.named_parameters())
     copy_into(parameters, load_file(folder / PROJECTOR_FILE), str(folder / PROJECTOR_FILE))
     if (folder / ADAPTER_FOLDER).is_dir():

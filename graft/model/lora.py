@@ -135,6 +135,24 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+def check_settings(model: nn.Module, settings: LoraSettings, source: str) -> None:
+    """Refuse adapters, read from ``source``, that are not as ``settings`` has them: what is written would not be run.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    config = model.peft_config[ADAPTER]
+    there = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    there["target_modules"] = config.target_modules
+    told = [
+        f"lora.{name} is {value!r} there, {getattr(settings, name)!r} here"
+        for name, value in there.items()
+        if value != getattr(settings, name)
+    ]
+    if told:
+        raise ValueError(f"{source} has adapters that are not the recipe's: {'; '.join(told)}")
+
+
 def enable_lora(model: nn.Module, enabled: bool) -> None:
     """Switch the adapters on or off; off, the language model is the base again, bit for bit."""
     for module in model.modules():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from graft.model.assemble import load_trained
 from graft.model.grafted import AudioGraftForConditionalGeneration
-from graft.model.lora import add_lora
+from graft.model.lora import add_lora, check_settings, has_lora
 from graft.recipe import Recipe
 from graft.run_dir import (
     best_steps,
@@ -19,13 +21,16 @@ from graft.run_dir import (
     read_evaluations,
     read_state,
     step_folder,
+    take_lock,
     verify_checkpoint,
     write_whole,
 )
 from graft.train.checkpoint import Position, newest, position_of, stage_of
 from graft.train.guard import differences
 
-RUN_FILE = "run.json"
+LOG = logging.getLogger(__name__)
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+LEAVING_S = 30  # a training that is asked to stop saves and leaves in less
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "jiwer", "tensorboard", "safetensors", "numpy")
 DATA_THAT_MATTERS = ("manifests", "views", "train_split", "features", "shuffle_pool")
 GRAFT_SECTIONS = ("bases", "audio", "projector", "prompt")  # what a stage-2 run shares with its stage 1
@@ -60,6 +65,25 @@ def check_is_ours(run_dir: Path, recipe: Recipe, stage: int) -> dict[str, Any]:
     return claimed
 
 
+def keep_others_out(run_dir: Path) -> None:
+    """Lock ``run_dir`` until this process ends; one that was asked to stop, and still saves, is waited for.
+
+    Raises:
+        ValueError: another training goes on there, or the folder cannot be written.
+    """
+    for seconds_left in reversed(range(LEAVING_S + 1)):
+        try:
+            lock = take_lock(run_dir / LOCK_FILE)
+        except OSError as error:
+            raise _not_writable(run_dir, error) from error
+        if lock is not None:
+            return
+        if seconds_left == LEAVING_S:
+            LOG.info("another training writes to %s: waiting %d s for it to leave", run_dir, LEAVING_S)
+        time.sleep(1)
+    raise ValueError(f"another training writes to {run_dir}: wait for its end, stop it, or take another run.dir")
+
+
 def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) -> None:
     """Make ``run_dir`` this run's, and write down what is run. Called by rank 0 alone.
 
@@ -73,7 +97,7 @@ def claim(run_dir: Path, recipe: Recipe, stage: int, ds_config: dict[str, Any]) 
         write_whole(run_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"run.dir={run_dir} cannot be written: {error}. Mend that, or name another run.dir") from error
+        raise _not_writable(run_dir, error) from error
 
 
 def versions() -> dict[str, str]:
@@ -133,11 +157,36 @@ def is_over(run_dir: Path, position: Position, max_steps: int) -> bool:
 
 
 def dress(model: AudioGraftForConditionalGeneration, recipe: Recipe, stage: int, checkpoint: Path | None) -> None:
-    """Give the model the adapters of its stage and the trained tensors it begins with."""
+    """Give the model the adapters of its stage and the trained tensors it begins with.
+
+    Raises:
+        ValueError: ``checkpoint`` does not fit the model, or its adapters are not those of the recipe.
+    """
     if checkpoint:
         load_trained(checkpoint, model)
-    if stage == 2 and (checkpoint is None or not (checkpoint / "adapter").is_dir()):
+    if stage == 2 and not has_lora(model):
         add_lora(model, recipe.lora, recipe.run.seed)
+    elif stage == 2:
+        check_settings(model, recipe.lora, str(checkpoint))
+
+
+def check_same_inputs(checkpoint: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with other utterances than the stage began with: which are read when follows from all of them.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    there = read_state(checkpoint).get("inputs", inputs)  # not told by those from before it was
+    told = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in differences(there, inputs))
+    if told:
+        raise ValueError(
+            f"what is trained on is not what {checkpoint} was trained on:\n{told}\nPut it back; or begin the stage "
+            f"anew from those weights, with --from {checkpoint} and another run.dir"
+        )
+
+
+def _not_writable(run_dir: Path, error: OSError) -> ValueError:
+    return ValueError(f"run.dir={run_dir} cannot be written: {error}. Mend that, or name another run.dir")
 
 
 def _finished_step(run_dir: Path, checkpoint: Path) -> int:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from graft.ranks import Ranks, on_gpu, start
 from graft.recipe import Precision, Stage
@@ -73,6 +75,7 @@ class Engine:
         self._peaks = [group["lr"] for group in groups]
         adam = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config)
+        _let_all_groups_time_out_alike()
         self._create_moments()
 
     @property
@@ -189,7 +192,20 @@ def resolve_ds_config(path: str | Path, settings: Stage, precision: Precision) -
         "gradient_clipping": settings.max_grad_norm,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1_000_000_000,  # never: the console line is ours
+        # DeepSpeed's clock waits for the GPU before every forward pass, and in evaluation for every word
+        "timers": {"throughput": {"enabled": False}, **config.get("timers", {})},
     }
+
+
+def _let_all_groups_time_out_alike() -> None:
+    """Give DeepSpeed's own groups the timeout of the one in which the ranks met.
+
+    Gradients are reduced in a group that it makes without one, and torch's 30 minutes would be theirs.
+    """
+    met = dist.group.WORLD
+    timeout = met._get_backend(torch.device("cpu")).options._timeout  # every process group of ours has gloo
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _groups(trained: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> list[dict[str, Any]]:

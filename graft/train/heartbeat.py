@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from graft.command import FAULT
-from graft.ranks import Ranks
+from graft.ranks import Ranks, of_this_attempt
 from graft.train.stopping import StopRequest
 
 LOG = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Heartbeat:
 def _own_connection(timeout_s: float) -> dist.Store:
     """Another connection to the store in which the ranks met: the main thread's may be busy waiting."""
     host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return of_this_attempt(dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout))
 
 
 def _key(rank: int) -> str:

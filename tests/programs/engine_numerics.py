@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.ranks import stop
@@ -136,6 +139,12 @@ def most_moved(before: dict, after: dict) -> float:
 
 ranks = start_process_group(timeout_s=60, start_timeout_s=120)
 seen = {}
+model, engine = make()
+gloo = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+seen["timeouts"] = [backend.options._timeout.total_seconds() for backend in gloo]
+with patch.object(get_accelerator(), "synchronize") as waits:
+    step(engine, [1.0] * 4)
+    seen["waits"] = waits.call_count
 model, engine = make()
 seen["small_gradients"], _ = step(engine, [1.0] + [0.001] * 63)
 seen["first_update"] = [model.fast.abs().max().item(), model.slow.abs().max().item()]
