@@ -1,12 +1,12 @@
-"""Write down what is said in sound files: wav, flac, mp3 or ogg, of any rate, mono or stereo, of any length.
+"""Write down what is said in sound files: wav, flac, mp3 or ogg, of any rate, mono or stereo.
 
     python launch/transcribe.py --checkpoint runs/tiny hello.wav talk.mp3
     python launch/transcribe.py --checkpoint runs/7b/checkpoints/step-00002000 --json *.flac
     python launch/transcribe.py --checkpoint runs/7b --instruction "Translate the speech into German." talk.mp3
 
 Prints a line per file, "path: text", or a JSON object. Audio longer than the encoder's window is encoded window by
-window and the frames are joined. A file that cannot be read is named on stderr, the others are done, and the exit
-code is 2.
+window and the frames are joined, as far as the language model has positions for it and its transcript. A file that
+cannot be read, or is longer, is named on stderr, the others are done, and the exit code is 2.
 """
 
 from __future__ import annotations
