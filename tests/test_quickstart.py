@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
@@ -63,6 +64,15 @@ def test_the_gpus_that_are_ours(
             command.which_gpus(2)
 
 
+def test_a_run_is_scored_as_asked_now(command: ModuleType) -> None:
+    """Of a run that is trained already, its recipe.yaml says how it was trained, and no more."""
+    overrides = ["run.dir=runs/mine", "evaluation.alignment_weight=0"]
+    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", overrides)
+    *_, evaluation = command.phases(recipe, Namespace(recipe="recipes/tiny.yaml", overrides=overrides), 2)
+    assert evaluation.name == "evaluate" and evaluation.words[-2:] == overrides
+    assert evaluation.words[1:3] == ["--checkpoint", "runs/mine"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_quickstart_from_any_folder(run_python: Command, tmp_path: Path) -> None:
@@ -83,16 +93,3 @@ def test_quickstart_from_any_folder(run_python: Command, tmp_path: Path) -> None
     assert summary["wer"] < 0.5 < summary["wer_swapped"]
     assert summary["evaluation"]["num_utterances"] == 20 and summary["ranks"] == 2
     assert "WER, graft" in outcome.stdout and "[INFO]" not in outcome.stdout and "Traceback" not in outcome.stdout
-
-    run_python(
-        ROOT / "launch" / "quickstart.py",
-        ROOT / "recipes" / "tiny.yaml",
-        *words,
-        *SHORT,
-        f"run.dir={tmp_path / 'run'}",
-        "evaluation.alignment_weight=0",
-        cwd=tmp_path,
-        timeout_s=600,
-    )
-    again = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]
-    assert again["alignment_weight"] == 0 and again["step"] == summary["evaluation"]["step"], "only scored again"
