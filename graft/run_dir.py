@@ -6,6 +6,7 @@
                                                              state.json  files.json
     checkpoints/evaluations.json                             {"1": {"120": 0.04}}: WER by stage and step
     eval/<split>/summary.json  hypotheses.jsonl
+    .lock                                                    held by the training that goes on here
 
 A checkpoint is written under a temporary name, forced to disk and renamed; ``files.json`` holds the digest of every
 file, so that a folder of that name is whole or does not count. One that goes is first renamed too: what a kill leaves

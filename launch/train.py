@@ -122,7 +122,10 @@ def begin(
 ) -> tuple[Position, Path | None, bool] | None:
     """Claim the run directory; the position, the checkpoint to begin with, and whether this goes on from it.
 
-    None where nothing is left to do: then, and where the run is refused, the folder stays as it is.
+    None where nothing is left to do: then, and where the run is refused, the folder stays as it is, but for a lock.
+
+    Raises:
+        ValueError: on every rank: another run's folder, one in use, or a checkpoint that a rank does not have.
     """
     run_dir = Path(recipe.run.dir)
     if recipe.run.ranks not in (None, ranks.world_size):
