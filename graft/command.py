@@ -42,7 +42,7 @@ def run(main: Callable[[argparse.Namespace], int | None], arguments: argparse.Ar
     except Exception:
         if ranks.world_size == 1:
             raise
-        traceback.print_exc()  # told here and ended below: raised on, the interpreter's shutdown would wait for the others
+        traceback.print_exc()  # told here and ended below: were it raised, shutdown would wait for the others
         code = FAULT
     sys.stdout.flush()
     sys.stderr.flush()
