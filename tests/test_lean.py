@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_bases as tiny
 import torch
+from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm, apply_rotary_pos_emb
 
 from graft.model.assemble import assemble
@@ -84,8 +85,23 @@ def test_gradients_by_hand_are_those_of_the_function() -> None:
     assert torch.autograd.gradcheck(lambda x: _Normed.apply(x, weight, 1e-3), hidden)
     angles = torch.randn(3, 4, dtype=torch.float64).repeat(1, 2)
     assert torch.autograd.gradcheck(lambda x: _Turned.apply(x, angles.cos(), angles.sin()), hidden)
-    up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_Gated.apply, (hidden, up))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_gate_have_the_bits_of_the_stock_ones(dtype: torch.dtype) -> None:
+    gate, up = (torch.randn(3, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    grad = torch.randn(3, 8, dtype=dtype)
+    expected = torch.autograd.grad(F.silu(gate) * up, (gate, up), grad)
+    found = torch.autograd.grad(_Gated.apply(gate.clone(), up.clone()), (gate, up), grad)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_going_back_twice_through_what_was_overwritten_is_refused() -> None:
+    gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    gated = _Gated.apply(gate.clone(), up.clone()).sum()
+    gated.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gated.backward()
 
 
 @pytest.fixture

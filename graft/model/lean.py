@@ -167,20 +167,20 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
         scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
-        return (wide * scale).to(hidden.dtype).mul_(weight)
+        return wide.mul_(scale).to(hidden.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         hidden, weight, scale = ctx.saved_tensors
-        wide, grad = hidden.to(scale.dtype), (grad * weight).to(scale.dtype)
+        wide, grad = hidden.to(scale.dtype, copy=True), (grad * weight).to(scale.dtype)
         # As autograd goes back through the stock norm, operation by operation, so that the bits are its own
         of_scale = (grad * wide).sum(-1, keepdim=True)
         of_mean = -0.5 * of_scale * scale.pow(3) / hidden.shape[-1]
-        return grad.mul_(scale).add_(wide * (2 * of_mean)).to(hidden.dtype), None, None
+        return grad.mul_(scale).add_(wide.mul_(2 * of_mean)).to(hidden.dtype), None, None
 
 
 class _Turned(torch.autograd.Function):
@@ -209,7 +209,11 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """SiLU(gate) * up: the values and gradients of the two operations, keeping gate and up but not SiLU(gate)."""
+    """SiLU(gate) * up: the values and gradients of the two operations, keeping gate and up but not SiLU(gate).
+
+    Gate and up are nobody else's, and each is overwritten by the other's gradient: the widest tensors of a layer need
+    no third and fourth of their size. Going back a second time, autograd sees that and refuses.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
@@ -220,7 +224,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        of_gate = torch.ops.aten.silu_backward.grad_input(up.mul_(grad), gate, grad_input=up)
+        return of_gate, F.silu(gate, inplace=True).mul_(grad)
 
 
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {
