@@ -16,7 +16,8 @@ from graft.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FOLDERS = ("launch", "shards")
-BASE = {"graft.lengths", "graft.ranks", "graft.recipe", "graft.tracker", "graft.command", "graft.run_dir"}
+BASES = ("command", "differences", "lengths", "ranks", "recipe", "run_dir", "tracker")
+BASE = {f"graft.{name}" for name in BASES}
 # A room may import itself, its row here, and the base modules.
 ALLOWED = {
     "graft.train": {"graft.data", "graft.model"},

@@ -229,7 +229,7 @@ def test_trained_weights_come_back(recipe: Recipe, tmp_path: Path) -> None:
 def test_trained_weights_that_do_not_fit(recipe: Recipe, tmp_path: Path) -> None:
     save_trained(tmp_path, assemble(recipe).model)
     bases = Path(recipe.bases.whisper), Path(recipe.bases.qwen2_vl)
-    with pytest.raises(ValueError, match="stack_factor is 4 there, 3 here"):
+    with pytest.raises(ValueError, match="stack_factor: 4 there, 3 here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"stack_factor": 3})).model)
     with pytest.raises(ValueError, match="kind is 'mlp' there, 'swiglu' here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"kind": "swiglu"})).model)

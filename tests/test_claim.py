@@ -200,5 +200,5 @@ def test_other_data_are_refused_where_they_are_known(tmp_path: Path, known: bool
     other = {"utterances": ["40 of 40"], "utterances_digest": "b"}
     if not known:  # a checkpoint of an earlier version
         return check_same_inputs(tmp_path, other)
-    with pytest.raises(ValueError, match=r"utterances: \['48 of 48'\] there, \['40 of 40'\] now"):
+    with pytest.raises(ValueError, match=r"utterances: \['48 of 48'\] there, \['40 of 40'\] here"):
         check_same_inputs(tmp_path, other)

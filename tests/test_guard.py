@@ -1,19 +1,11 @@
 """What the guard compares before the first step; two real ranks that differ are in test_ranks.py."""
 
 from graft.ranks import Ranks
-from graft.train.guard import check_alike, differences, digest
+from graft.train.guard import check_alike, digest
 
 
 def test_alone_is_alike() -> None:
     check_alike({"versions": {"torch": "2.13.0"}}, Ranks())
-
-
-def test_differences() -> None:
-    assert list(differences({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}, "d": 4})) == [
-        ("a", 1, None),
-        ("b.c", 2, 3),
-        ("d", None, 4),
-    ]
 
 
 def test_digest_knows_the_order() -> None:

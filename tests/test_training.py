@@ -187,7 +187,7 @@ def test_other_data_are_refused_at_resume(
         manifest.write_text("".join(lines))
     more = [f"run.dir={run_dir}", "stage1.max_steps=8", shards]
     outcome = run_launcher(TRAIN, RECIPE, "--stage", "1", *words, *more, expect=2, timeout_s=400)
-    assert "utterances: ['37 of 37'] there, ['35 of 35'] now" in outcome.stderr
+    assert "utterances: ['37 of 37'] there, ['35 of 35'] here" in outcome.stderr
 
 
 def test_the_error_of_one_rank_is_told(words: list[str], run_launcher: Command, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_stage_2_starts_from_stage_1_and_says_so(
     line = [TRAIN, RECIPE, "--stage", "2", "--from", last, *words, f"run.dir={tmp_path / 'another'}"]
     outcome = run_launcher(*line, "lora.alpha=8", expect=2, timeout_s=400)
     assert f"starting from the projector and adapters of {last}" in outcome.stdout
-    assert "lora.alpha is 64 there, 8 here" in outcome.stderr
+    assert "lora.alpha: 64 there, 8 here" in outcome.stderr
 
 
 def test_dropout_does_not_depend_on_the_number_of_ranks(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers import Qwen2VLForConditionalGeneration as Qwen2VL
 from transformers.utils.hub import cached_file
 
+from graft.differences import there_and_here
 from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import AUDIO_END, AUDIO_PAD, AUDIO_START, AudioGraftConfig
 from graft.model.encoder import load_audio_config, load_encoder, load_feature_extractor
@@ -157,9 +158,7 @@ def load_trained(folder: str | Path, model: AudioGraftForConditionalGeneration) 
     if not (folder / PROJECTOR_FILE).is_file():
         raise ValueError(f"{folder} holds no {PROJECTOR_FILE}: a folder written by save_trained() was expected")
     there, here = json.loads((folder / PROJECTOR_SETTINGS_FILE).read_text()), model.config.projector_settings()
-    told = [
-        f"{name} is {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]
-    ]
+    told = there_and_here(there, here)
     if told:
         raise ValueError(f"the projector of {folder} is not the model's: {'; '.join(told)}")
     parameters = dict(model.model.multi_modal_projector.named_parameters())

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from graft.differences import there_and_here
+
 DEFAULT_TARGETS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 ADAPTER = "default"  # PEFT's name for the only adapter; it stands in parameter names
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -144,11 +146,8 @@ def check_settings(model: nn.Module, settings: LoraSettings, source: str) -> Non
     config = model.peft_config[ADAPTER]
     there = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
     there["target_modules"] = config.target_modules
-    told = [
-        f"lora.{name} is {value!r} there, {getattr(settings, name)!r} here"
-        for name, value in there.items()
-        if value != getattr(settings, name)
-    ]
+    here = {name: getattr(settings, name) for name in there}
+    told = there_and_here({"lora": there}, {"lora": here})
     if told:
         raise ValueError(f"{source} has adapters that are not the recipe's: {'; '.join(told)}")
 

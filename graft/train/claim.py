@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from graft.differences import there_and_here
 from graft.model.assemble import load_trained
 from graft.model.grafted import AudioGraftForConditionalGeneration
 from graft.model.lora import add_lora, check_settings, has_lora
@@ -26,7 +27,6 @@ from graft.run_dir import (
     write_whole,
 )
 from graft.train.checkpoint import Position, newest, position_of, stage_of
-from graft.train.guard import differences
 
 LOG = logging.getLogger(__name__)
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
@@ -58,10 +58,10 @@ def check_is_ours(run_dir: Path, recipe: Recipe, stage: int) -> dict[str, Any]:
     claimed = _claimed(run_dir)
     ours = settings_that_matter(recipe, stage)
     theirs = _to_compare(claimed, stage, settings_that_matter(Recipe(bases=recipe.bases), stage))
-    differing = list(differences(theirs, {name: ours.get(name) for name in theirs}))
-    if differing:
-        told = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, there, here in differing)
-        raise ValueError(f"{run_dir} holds another run:\n{told}\nTake another run.dir, or remove that folder.")
+    told = there_and_here(theirs, {name: ours.get(name) for name in theirs})
+    if told:
+        lines = "\n  ".join([f"{run_dir} holds another run:", *told])
+        raise ValueError(f"{lines}\nTake another run.dir, or remove that folder.")
     return claimed
 
 
@@ -177,11 +177,12 @@ def check_same_inputs(checkpoint: Path, inputs: dict[str, Any]) -> None:
         ValueError: with what differs.
     """
     there = read_state(checkpoint).get("inputs", inputs)  # not told by those from before it was
-    told = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in differences(there, inputs))
+    told = there_and_here(there, inputs)
     if told:
+        lines = "\n  ".join([f"what is trained on is not what {checkpoint} was trained on:", *told])
         raise ValueError(
-            f"what is trained on is not what {checkpoint} was trained on:\n{told}\nPut it back; or begin the stage "
-            f"anew from those weights, with --from {checkpoint} and another run.dir"
+            f"{lines}\nPut it back; or begin the stage anew from those weights, with --from {checkpoint} and another "
+            "run.dir"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from graft.data.prompt import PromptTemplate
+from graft.differences import differences
 from graft.ranks import AgreedValueError, Ranks
 from graft.train.feed import Feed
 
@@ -57,12 +58,3 @@ def check_alike(what: Mapping[str, Any], ranks: Ranks) -> None:
             "\n".join(["the ranks would not train the same:", *told[:MOST_TOLD], *more])
             + "\nGive every node the same code, environment, recipe and shards."
         )
-
-
-def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value in ``one``, value in ``other``) of everything that differs between two trees."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for name in {**one, **other}:
-            yield from differences(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
-    elif one != other:
-        yield key, one, other
