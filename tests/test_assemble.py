@@ -231,7 +231,7 @@ def test_trained_weights_that_do_not_fit(recipe: Recipe, tmp_path: Path) -> None
     bases = Path(recipe.bases.whisper), Path(recipe.bases.qwen2_vl)
     with pytest.raises(ValueError, match="stack_factor: 4 there, 3 here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"stack_factor": 3})).model)
-    with pytest.raises(ValueError, match="kind is 'mlp' there, 'swiglu' here"):
+    with pytest.raises(ValueError, match="kind: 'mlp' there, 'swiglu' here"):
         load_trained(tmp_path, assemble(tiny.recipe(*bases, projector={"kind": "swiglu"})).model)
     save_file({"linear_1.weight": torch.zeros(48, 96)}, tmp_path / "projector.safetensors")
     with pytest.raises(ValueError, match=r"projector.safetensors does not fit the model: it lacks 3 tensors"):
