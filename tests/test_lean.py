@@ -96,6 +96,18 @@ def test_gradients_of_a_gate_have_the_bits_of_the_stock_ones(dtype: torch.dtype)
     assert all(map(torch.equal, found, expected))
 
 
+def test_traced_the_gradients_of_a_gate_are_the_same() -> None:
+    """As ``run.compile`` does with a layer: what is overwritten is then overwritten in the traced graph."""
+    gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+
+    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return _Gated.apply(2 * gate, 3 * up).square().sum()
+
+    traced = torch.compile(gated, dynamic=True, backend="aot_eager")
+    for found, expected in zip(*(torch.autograd.grad(f(gate, up), (gate, up)) for f in (traced, gated)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_going_back_twice_through_what_was_overwritten_is_refused() -> None:
     gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
     gated = _Gated.apply(gate.clone(), up.clone()).sum()
