@@ -1,7 +1,6 @@
 """The frozen Whisper encoder: waveforms in, frames out, over its full window or over as much of it as is needed.
 
-S: samples at 16 kHz    F: encoder frames of 20 ms, ceil(S / 320)    C: those of them that are asked for
-D: size of a frame
+S: samples at 16 kHz    F: encoder frames of 20 ms, ceil(S / 320)    D: size of a frame
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -131,8 +129,8 @@ class SpeechEncoder:
         for index, waveform in enumerate(waveforms):
             _check_waveform(waveform, f"waveform {index} of {len(waveforms)}", self.window)
         together: dict[Window, list[int]] = {}
-        for index in sorted(range(len(waveforms)), key=lambda index: len(waveforms[index])):  # like lengths together
-            together.setdefault(self.window_of(len(waveforms[index])), []).append(index)
+        for index, waveform in enumerate(waveforms):
+            together.setdefault(self.window_of(len(waveform)), []).append(index)
         made: dict[int, torch.Tensor] = {}
         for window, indices in together.items():
             made.update(zip(indices, self._forward([waveforms[i] for i in indices], window), strict=True))
@@ -143,33 +141,30 @@ class SpeechEncoder:
         mels = log_mels(self.extractor, waveforms, self.window, self.device, kept=window)
         on_cpu = self.device.type == "cpu"
         together = max(1, CACHED_FRAMES * torch.get_num_threads() // window.num_frames) if on_cpu else len(mels)
-        counts = [lengths.encoder_frames(len(waveform)) for waveform in waveforms]
-        rows: list[torch.Tensor] = []
         with torch.autocast(self.device.type, enabled=False):
-            for part in mels.split(together):
-                wanted = counts[len(rows) : len(rows) + len(part)]
-                frames = encode_mels(self.model, part.to(self.device, self.dtype), max(wanted)).to(FEATURE_DTYPE).cpu()
-                rows += (row[:count].clone() for row, count in zip(frames, wanted, strict=True))
-        return rows
+            frames = [encode_mels(self.model, part.to(self.device, self.dtype)) for part in mels.split(together)]
+        rows = (row for part in frames for row in part.to(FEATURE_DTYPE).cpu())
+        counts = [lengths.encoder_frames(len(waveform)) for waveform in waveforms]
+        return [row[:count].clone() for row, count in zip(rows, counts, strict=True)]
 
 
-def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Log-mels (W, n_mels, 2F) -> the first ``num_frames`` frames (W, C, D), for F up to the encoder's window.
+def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
+    """Log-mels (W, n_mels, 2F) -> frames (W, F, D), for F up to the encoder's window.
 
-    This is ``WhisperEncoder.forward`` (transformers 5, models/whisper/modeling_whisper.py) without its insistence on
-    the full length, with the first F positions. All of them are heard, but behind the last layer's keys and values
-    those alone are computed that are asked for.
+    Shorter than the window this is ``WhisperEncoder.forward`` (transformers 5, models/whisper/modeling_whisper.py)
+    without its insistence on the full length, and with the first F positions.
     """
-    hidden = F.gelu(encoder.conv1(mels))
-    hidden = F.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+    if mels.shape[-1] == encoder.max_source_positions * lengths.MEL_FRAMES_PER_ENCODER_FRAME:
+        return encoder(mels).last_hidden_state
+    return _encode_shorter(encoder, mels)
+
+
+def _encode_shorter(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
+    hidden = torch.nn.functional.gelu(encoder.conv1(mels))
+    hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
     hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    *layers, last = encoder.layers
-    for layer in layers:
+    for layer in encoder.layers:
         hidden = layer(hidden, None)
-    heard = last.self_attn_layer_norm(hidden)
-    attended, _ = last.self_attn(heard[:, :num_frames], key_value_states=heard)
-    hidden = hidden[:, :num_frames] + attended
-    hidden = hidden + last.fc2(last.activation_fn(last.fc1(last.final_layer_norm(hidden))))
     return encoder.layer_norm(hidden)
 
 
