@@ -1,6 +1,6 @@
 """Encoding speech: mels and the frames of a whisper-tiny-shaped encoder, ours against what others call.
 
-Ours is what ``shards/precompute.py`` calls: ``log_mels`` and ``SpeechEncoder.encode``, over full windows (exact) and
+Ours is what ``shards/precompute.py`` calls: ``LogMels`` and ``SpeechEncoder.encode``, over full windows (exact) and
 over trimmed ones. The peers call Hugging Face's extractor as its documentation shows, one clip at a time, and then
 stock ``WhisperEncoder`` or CTranslate2's int8 ``Whisper.encode`` on the same batches. Seconds are of speech.
 """
@@ -29,7 +29,7 @@ from graft.lengths import (
     encoder_frames,
 )
 from graft.model.config import FEATURE_DTYPE
-from graft.model.encoder import SpeechEncoder, log_mels
+from graft.model.encoder import SpeechEncoder
 
 CLIP_S, TURBO_SIZE = 10, 1280  # of the counted bytes: seconds of a clip, and a frame of whisper-large-v3-turbo
 BATCH = 16  # the default of audio.encode_batch_size
@@ -58,7 +58,7 @@ def report() -> Iterator[Figure]:
     clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:BATCH]])
     facts = compare(full, trimmed, clips)
     sides: dict[str, Callable[[], Any]] = {
-        "our mels": repeated(lambda: log_mels(full.extractor, clips, full.window)),
+        "our mels": repeated(lambda: full.log_mels(clips)),
         "hf mels": repeated(lambda: hf_mels(full.extractor, clips)),
         "our frames": lambda: full.encode(clips),
         "hf frames": lambda: hf_frames(full, clips),

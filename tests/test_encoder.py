@@ -14,7 +14,8 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 from graft.lengths import Window, WindowExceeded
 from graft.model import encoder as encoder_module
-from graft.model.encoder import SpeechEncoder, load_encoder, load_feature_extractor, log_mels, mel_settings
+from graft.model.encoder import SpeechEncoder, load_encoder, load_feature_extractor
+from graft.model.mels import LogMels, mel_settings
 
 FP32 = torch.float32
 
@@ -93,9 +94,9 @@ def test_frames_are_the_same_alone_and_in_a_batch(encoder: SpeechEncoder) -> Non
     """Mels to the bit. Frames but for the last digit of fp32, in which products of more rows may be rounded otherwise
     (they are with AVX-512): where that falls between two numbers of bf16, one step of bf16."""
     waveforms = [noise(n, seed) for seed, n in enumerate([16_000, 333, 9_001, 4_801, 12_345])]
-    mels = log_mels(encoder.extractor, waveforms, encoder.window)
+    mels = encoder.log_mels(waveforms)
     for waveform, mel, frames in zip(waveforms, mels, encoder.encode(waveforms), strict=True):
-        assert torch.equal(log_mels(encoder.extractor, [waveform], encoder.window)[0], mel)
+        assert torch.equal(encoder.log_mels([waveform])[0], mel)
         alone = encoder.encode([waveform])[0]
         torch.testing.assert_close(alone, frames, rtol=2**-7, atol=1e-6)
         assert (alone != frames).float().mean() < 0.01
@@ -179,7 +180,7 @@ def test_mels_are_the_stock_extractors(num_bins: int) -> None:
     stock = extractor(
         waveforms, sampling_rate=16_000, padding="max_length", max_length=window.num_samples, return_tensors="pt"
     )
-    torch.testing.assert_close(log_mels(extractor, waveforms, window), stock["input_features"], rtol=0, atol=5e-7)
+    torch.testing.assert_close(LogMels(extractor, window)(waveforms), stock["input_features"], rtol=0, atol=5e-7)
 
 
 def test_an_extractor_with_dither_is_refused(base: Path, tmp_path: Path) -> None:

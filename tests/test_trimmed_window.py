@@ -14,14 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_precompute import RATE, corpus, files
-from transformers import WhisperFeatureExtractor
 
 from graft import lengths
 from graft.data.shard_format import FeatureSet
 from graft.data.shard_writer import check_existing, finished_part
 from graft.lengths import TRIMMED_MARGIN, TRIMMED_STEP, Window, WindowExceeded
 from graft.model.assemble import assemble
-from graft.model.encoder import SpeechEncoder, encode_mels, log_mels
+from graft.model.encoder import SpeechEncoder, encode_mels
 from graft.ranks import Ranks
 from graft.recipe import Recipe
 from graft.run_dir import check_encoder, window_of
@@ -74,7 +73,7 @@ def test_a_trimmed_mel_is_the_stock_extractors_cut(full: SpeechEncoder, num_samp
     """To the last digits of fp32; also the loudest frame, which sets the floor, may lie behind the cut."""
     stock = full.extractor(noise(num_samples), sampling_rate=RATE, return_tensors="pt")["input_features"]
     kept = WINDOW.trimmed(num_samples)
-    ours = log_mels(full.extractor, [noise(num_samples)], WINDOW, kept=kept)
+    ours = full.log_mels([noise(num_samples)], kept=kept)
     torch.testing.assert_close(ours, stock[:, :, : 2 * kept.num_frames], rtol=0, atol=5e-7)
 
 
@@ -93,7 +92,7 @@ def test_trimmed_at_full_length_is_full(full: SpeechEncoder, trimmed: SpeechEnco
 
 def test_shorter_than_the_window_is_stock_whisper_with_a_shorter_window(base: str, full: SpeechEncoder) -> None:
     """The same weights in a Whisper whose window is 75 frames: its frames are ours."""
-    mels = log_mels(full.extractor, [noise(20_000), noise(9_000, 1)], WINDOW, kept=Window(75))
+    mels = full.log_mels([noise(20_000), noise(9_000, 1)], kept=Window(75))
     short = SpeechEncoder(base, FP32).model
     short.config.max_source_positions = 75
     short.embed_positions = torch.nn.Embedding.from_pretrained(full.model.embed_positions.weight[:75])
@@ -291,8 +290,7 @@ def test_transcribe_hears_as_the_run_was_trained(tmp_path: Path) -> None:
 
 def test_mels_share_memory_but_nothing_else(full: SpeechEncoder) -> None:
     """A long waveform before a short one leaves no trace in it, in either order."""
-    extractor: WhisperFeatureExtractor = full.extractor
     clips = [noise(47_000, 1), noise(900, 2), np.zeros(5_000, np.float32), noise(21_000, 3)]
-    alone = torch.cat([log_mels(extractor, [clip], WINDOW) for clip in clips])
-    assert torch.equal(log_mels(extractor, clips, WINDOW), alone)
-    assert torch.equal(log_mels(extractor, clips[::-1], WINDOW), alone.flip(0))
+    alone = torch.cat([full.log_mels([clip]) for clip in clips])
+    assert torch.equal(full.log_mels(clips), alone)
+    assert torch.equal(full.log_mels(clips[::-1]), alone.flip(0))

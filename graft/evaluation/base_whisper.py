@@ -18,7 +18,8 @@ from graft.data.manifest import Manifest
 from graft.data.views import load_utterance
 from graft.evaluation.transcribe import Answers, inferring
 from graft.lengths import Window
-from graft.model.encoder import load_feature_extractor, log_mels
+from graft.model.encoder import load_feature_extractor
+from graft.model.mels import LogMels
 
 Pieces = list[list[np.ndarray]]  # of each utterance, its windows
 
@@ -65,8 +66,9 @@ class WhisperTranscriber:
     ) -> None:
         self._device, self._dtype, self._long_audio, self._language = device, dtype, long_audio, language
         self._model = _load(base, dtype).to(device).eval()
-        self._extractor, self._tokenizer = load_feature_extractor(base), AutoTokenizer.from_pretrained(base)
+        self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._window = Window(self._model.config.max_source_positions)
+        self._log_mels = LogMels(load_feature_extractor(base), self._window, device)
         source = OnlineSource(manifest, _no_features, window=self._window, long_audio=long_audio)
         self.entries, self.rejects = source.entries, source.rejects
 
@@ -87,7 +89,7 @@ class WhisperTranscriber:
         return Answers(joined, [True] * len(joined))
 
     def _transcripts(self, pieces: Sequence[np.ndarray]) -> list[str]:
-        mels = log_mels(self._extractor, pieces, self._window, self._device).to(self._device, self._dtype)  # (W, ...)
+        mels = self._log_mels(pieces).to(self._dtype)  # (W, n_mels, 2F)
         multilingual = {"task": "transcribe", "language": self._language} if self._is_multilingual else {}
         with inferring(self._model, self._device, "fp32"):  # weights and mels already have the precision
             tokens = self._model.generate(mels, do_sample=False, num_beams=1, **multilingual)

@@ -19,14 +19,12 @@ from graft import lengths
 from graft.lengths import Window
 from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import FEATURE_DTYPE
+from graft.model.mels import LogMels, mel_settings
 from graft.run_dir import TRIMMED
 
 AudioWindow = Literal["full", "trimmed"]
 
 KEY = "bases.whisper"  # of the recipe
-MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
-NUM_BANDS = 4  # of the mel filters
-FEWEST_MEL_FRAMES = 64  # at a time: matrix products of very few columns are rounded otherwise than those of many
 CACHED_FRAMES = 1_600  # at a time, of each thread of a CPU: what passes from layer to layer stays in its cache
 # Of a full Whisper: model.encoder.* (WhisperForConditionalGeneration) or encoder.* (WhisperModel). Without this,
 # WhisperEncoder.from_pretrained finds none of its names and returns random weights with a mere warning.
@@ -105,6 +103,7 @@ class SpeechEncoder:
         self.device = torch.device(device)
         self.window = Window(self.model.config.max_source_positions)
         self.frame_size: int = self.model.config.d_model
+        self.log_mels = LogMels(self.extractor, self.window, self.device)
         self.mel_settings = mel_settings(self.extractor, self.window)
         self.fingerprint = fingerprint(self.model, self.mel_settings)
         if audio_window == "trimmed":
@@ -138,7 +137,7 @@ class SpeechEncoder:
 
     def _forward(self, waveforms: Sequence[np.ndarray], window: Window) -> list[torch.Tensor]:
         """Frames (F_i, D) of waveforms that share a window."""
-        mels = log_mels(self.extractor, waveforms, self.window, self.device, kept=window)
+        mels = self.log_mels(waveforms, kept=window)
         on_cpu = self.device.type == "cpu"
         together = max(1, CACHED_FRAMES * torch.get_num_threads() // window.num_frames) if on_cpu else len(mels)
         with torch.autocast(self.device.type, enabled=False):
@@ -166,86 +165,6 @@ def _encode_shorter(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor
     for layer in encoder.layers:
         hidden = layer(hidden, None)
     return encoder.layer_norm(hidden)
-
-
-def log_mels(
-    extractor: WhisperFeatureExtractor,
-    waveforms: Sequence[np.ndarray],
-    window: Window,
-    device: str | torch.device = "cpu",
-    kept: Window | None = None,
-) -> torch.Tensor:
-    """Waveforms (S_i,), none longer than the window -> log-mels (W, n_mels, 2F) of the full window, fp32.
-
-    What Whisper's own extractor makes of the padded window, to the last digits of fp32, but the spectrum is taken of
-    the samples that are there: behind them is silence, whose log-mel is the floor. Of a mel only what lies in ``kept``
-    is given.
-    """
-    bands = _bands(torch.from_numpy(extractor.mel_filters).to(device, torch.float32))
-    num_kept = (kept or window).num_mel_frames
-    # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
-    counts = [-(-(len(waveform) + extractor.n_fft) // extractor.hop_length) for waveform in waveforms]
-    counts = [min(max(count, FEWEST_MEL_FRAMES), window.num_mel_frames) for count in counts]
-    spectra = _Spectra(extractor, max(counts, default=0), device)
-    mels = torch.empty((len(waveforms), extractor.feature_size, max(num_kept, *counts, 0)), device=device)
-    for mel, waveform, frames in zip(mels, waveforms, counts, strict=True):
-        power, heard = spectra.power(waveform, frames), mel[:, :frames]
-        for rows, bins, weights in bands:
-            torch.mm(weights, power[:, bins].T, out=heard[rows])
-        heard.clamp_(min=10**MEL_FLOOR_LOG10).log10_()
-        quietest = heard.amax() - MEL_RANGE_LOG10
-        torch.maximum(heard, quietest, out=heard).add_(4.0).div_(4.0)
-        mel[:, frames:] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
-    return mels[:, :, :num_kept]
-
-
-def _bands(filters: torch.Tensor) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Mel filters (bins, n_mels) as NUM_BANDS products over neighbours: which mels, which bins, weights (mels, bins).
-
-    A filter is zero outside of a few neighbouring bins: a quarter of them together need a third of all bins.
-    """
-    bands = []
-    for mels in torch.arange(filters.shape[1]).tensor_split(NUM_BANDS):
-        rows = slice(int(mels[0]), int(mels[-1]) + 1)
-        heard = filters[:, rows].any(1).nonzero()
-        bins = slice(int(heard.min()), int(heard.max()) + 1)
-        bands.append((rows, bins, filters[bins, rows].T.contiguous()))
-    return bands
-
-
-class _Spectra:
-    """Power spectra of one waveform after the other, in the same memory: fresh pages cost as much as the transform."""
-
-    def __init__(self, extractor: WhisperFeatureExtractor, most_frames: int, device: str | torch.device) -> None:
-        self.n_fft, self.hop = extractor.n_fft, extractor.hop_length
-        bins = self.n_fft // 2 + 1
-        self.hann = torch.hann_window(self.n_fft, device=device)
-        self.samples = torch.empty(most_frames * self.hop + self.n_fft, device=device)
-        self.windowed = torch.empty((most_frames, self.n_fft), device=device)
-        self.spectrum = torch.empty((most_frames, bins), dtype=torch.complex64, device=device)
-        self.squares = torch.empty((most_frames, bins), device=device)
-
-    def power(self, waveform: np.ndarray, frames: int) -> torch.Tensor:
-        """Waveform (S,) -> (frames, n_fft / 2 + 1), ``torch.stft(...).abs() ** 2``; valid until the next."""
-        half, size = self.n_fft // 2, frames * self.hop
-        samples = self.samples[: size + self.n_fft]
-        middle = samples[half : half + size]
-        middle[: len(waveform)] = torch.as_tensor(waveform, dtype=torch.float32)
-        middle[len(waveform) :] = 0
-        samples[:half] = middle[1 : half + 1].flip(0)  # mirrored at both ends, without the sample at the end itself
-        samples[half + size :] = middle[-half - 1 : -1].flip(0)
-        windowed, spectrum = self.windowed[:frames], self.spectrum[:frames]
-        torch.mul(samples.unfold(0, self.n_fft, self.hop)[:frames], self.hann, out=windowed)
-        torch.fft.rfft(windowed, out=spectrum)
-        real, imaginary = torch.view_as_real(spectrum).unbind(-1)
-        # |z| and then its square, as the extractor has it, would take a root and undo it.
-        return torch.mul(real, real, out=self.squares[:frames]).addcmul_(imaginary, imaginary)
-
-
-def mel_settings(extractor: WhisperFeatureExtractor, window: Window) -> dict[str, int | float]:
-    """What a mel depends on besides the waveform."""
-    names = ("sampling_rate", "feature_size", "n_fft", "hop_length", "padding_value", "dither")
-    return {**{name: getattr(extractor, name) for name in names}, "num_samples": window.num_samples}
 
 
 def fingerprint(encoder: WhisperEncoder, mel: dict[str, int | float]) -> str:

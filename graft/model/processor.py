@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from graft import lengths
 from graft.lengths import Window
 from graft.model.config import AUDIO_END, AUDIO_PAD, AUDIO_START, AudioGraftConfig
-from graft.model.encoder import log_mels
+from graft.model.mels import LogMels
 
 IMAGE_PAD = "<|image_pad|>"
 LONG_AUDIO_POLICIES = ("reject", "join", "truncate")
@@ -188,7 +188,7 @@ class AudioGraftProcessor(ProcessorMixin):
         size = self.window.num_samples
         windows = [waveform[start : start + size] for waveform in waveforms for start in range(0, len(waveform), size)]
         inputs = {
-            "input_features": log_mels(self.feature_extractor, windows, self.window),
+            "input_features": LogMels(self.feature_extractor, self.window)(windows),
             "audio_feature_lengths": torch.tensor([lengths.encoder_frames(len(waveform)) for waveform in waveforms]),
         }
         return inputs, [self.num_audio_tokens(len(waveform)) for waveform in waveforms]
