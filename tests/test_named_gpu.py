@@ -17,6 +17,7 @@ import pytest
 PROGRAM = Path(__file__).resolve().parent / "programs" / "on_a_named_gpu.py"
 STEPS = ["stage 1, linear", "stage 1, mlp", "stage 1, swiglu", "stage 1, conv", "stage 1, aligning", "stage 2"]
 OTHERS = ["greedy", "joint", "joint, longer", "full windows", "trimmed windows", "picture", "saved"]
+BF16 = ["stage 1, bf16", "stage 1, aligning, bf16", "stage 2, bf16", "joint, bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,18 @@ def test_results_are_the_cpus(told: dict[str, Any], name: str) -> None:
     assert told[name]["off"] < 1e-5
 
 
-@pytest.mark.parametrize("name", STEPS)
+def test_autocast_is_cudas(told: dict[str, Any]) -> None:
+    """The CPU's would leave root and sum in bf16."""
+    assert told["casts"] == ["bfloat16", "float32", "float32", "float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_in_bf16_results_are_near_the_cpus(told: dict[str, Any], name: str) -> None:
+    """Of gradients, loss and norm; autocast rounds in other places there."""
+    assert told[name]["off"] < 0.05
+
+
+@pytest.mark.parametrize("name", [*STEPS, *BF16[:3]])
 def test_in_a_step_the_host_never_waits(told: dict[str, Any], name: str) -> None:
     """Until the reduction, which is DeepSpeed's, and not here. CTC's own reading of lengths is inside of a kernel."""
     assert told[name]["waits"] == []

@@ -1,7 +1,8 @@
 """A GPU in name only: its tensors say that they are on device ``gpu``, and are computed on the CPU.
 
 Host and device meet as they do on a machine with a GPU: an operation that takes tensors of both fails, and whatever
-makes the host wait for the device is noted down in ``waits``. Kernels, streams and clocks there are none.
+makes the host wait for the device is noted down in ``waits``. Autocast casts as CUDA's does. There are no kernels, no
+streams and no clocks.
 
 Importing this renames torch's device for other makers, once and for all: let a process do nothing else.
 """
@@ -9,7 +10,7 @@ Importing this renames torch's device for other makers, once and for all: let a 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ READS_VALUES = {  # the shape of what comes out, or a number for the host, follo
     aten.unique_consecutive.default,
     aten.unique_dim.default,
 }
+# What CUDA's autocast does to these operations (torch 2.13, aten/src/ATen/autocast_mode.h): others than the CPU's
+IN_BF16 = (
+    *("linear", "matmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "prelu"),
+    *("conv1d", "conv2d", "conv3d", "convolution", "scaled_dot_product_attention"),
+)
+IN_FP32 = (
+    *("exp", "expm1", "log", "log10", "log1p", "log2", "logsumexp", "reciprocal", "rsqrt", "softplus", "tan", "dist"),
+    *("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "layer_norm", "native_layer_norm", "group_norm"),
+    *("cosine_similarity", "nll_loss", "mse_loss", "l1_loss", "kl_div", "binary_cross_entropy_with_logits"),
+)
+GIVING_FP32 = (  # unless they are told otherwise
+    *("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "prod", "prod.dim_int", "cumsum", "cumprod"),
+    "linalg_vector_norm",
+)
+IN_THE_WIDEST = ("addcdiv", "addcmul", "atan2", "cat", "dot", "index_put", "scatter_add", "stack")
 BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # a mask's shape follows from values
 
 waits: list[str] = []
@@ -43,6 +59,8 @@ class _Module(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("gpu", backend_module=_Module())
 GPU = torch.device("gpu", 0)
+_CASTS = torch.library.Library("_", "IMPL")
+_CASTS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 class OnGpu(Tensor):
@@ -90,6 +108,41 @@ def _empty_strided(size: Any, stride: Any, *, dtype: torch.dtype | None = None, 
 def _local_scalar_dense(tensor: OnGpu) -> Any:  # of torch.tensor([...]) with tensors in the list
     _note("aten::_local_scalar_dense", "")
     return tensor.host.item()
+
+
+def _autocast(name: str, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> None:
+    """Under autocast, operation ``name`` takes its floating tensors in that dtype."""
+    packet, _, overload = name.partition(".")
+    call = getattr(getattr(aten, packet), overload or "default")
+    takes_dtype = name in GIVING_FP32
+    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        floating = [leaf for leaf in tree_leaves((args, kwargs)) if _is_cast(leaf)]
+        dtype = dtype_of(floating)
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            if takes_dtype:
+                return call(*args, **({"dtype": dtype} if floating else {}) | kwargs)
+            return call(*tree_map(lambda leaf: leaf.to(dtype) if _is_cast(leaf) else leaf, args), **kwargs)
+
+    torch.library.impl(f"aten::{name}", "AutocastPrivateUse1")(cast)
+
+
+def _is_cast(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
+
+
+def _widest(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float32 if any(tensor.dtype == torch.float32 for tensor in tensors) else torch.bfloat16
+
+
+for _names, _dtype_of in (
+    (IN_BF16, lambda _: torch.bfloat16),
+    (IN_FP32 + GIVING_FP32, lambda _: torch.float32),
+    (IN_THE_WIDEST, _widest),
+):
+    for _name in _names:
+        _autocast(_name, _dtype_of)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

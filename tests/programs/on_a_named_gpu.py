@@ -33,17 +33,19 @@ from graft.recipe import Recipe
 from graft.train.step import train_step
 
 CPU = torch.device("cpu")
+KINDS = ("linear", "mlp", "swiglu", "conv")  # of projectors
 TEXTS = ("hello there", "hi", "good day to you")
 
 
 class Plain:
     """An engine without DeepSpeed, which knows no such device: gradients add up, and nothing is updated."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self.model, self.device, self.ranks = model, device, Ranks()
+    def __init__(self, model: torch.nn.Module, device: torch.device, precision: str) -> None:
+        self.model, self.device, self.ranks, self.casts = model, device, Ranks(), precision == "bf16"
 
     def __call__(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.casts):
+            return self.model(**inputs)
 
     @contextmanager
     def one_reduction(self) -> Iterator[None]:
@@ -87,7 +89,7 @@ def step(recipe: Recipe, device: torch.device, stage: int = 1, align: bool = Fal
     batches = [collate_training(drawn()[part], template, align) for part in (slice(2), slice(2, 3))]
     batches = [batch.pin_memory() for batch in batches] if device == GPU else batches
     waits.clear()
-    result = train_step(Plain(model, device), batches, [1, 2], 9, 1.0)
+    result = train_step(Plain(model, device, recipe.run.precision), batches, [1, 2], 9, 1.0)
     seen = list(waits)
     grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
     made = [tensor.detach().cpu() for tensor in (result.loss_share, result.grad_norm, *grads)]
@@ -99,12 +101,12 @@ def transcripts(recipe: Recipe, device: torch.device, weight: float, num_tokens:
     """Replies by greedy or by joint decoding, and the loss of their references."""
     model, template = graft_of(recipe, device)
     source = SimpleNamespace(entries=[])
-    scribe = GraftTranscriber(
-        model, source, template, max_new_tokens=num_tokens, device=device, precision="fp32", alignment_weight=weight
-    )
+    how = {"max_new_tokens": num_tokens, "precision": recipe.run.precision, "alignment_weight": weight}
+    scribe = GraftTranscriber(model, source, template, device=device, **how)
     waits.clear()
     answers = scribe.answer(drawn())
-    return [answers.loss, list(answers.texts)]
+    texts = list(answers.texts) if recipe.run.precision == "fp32" else len(answers.texts)  # in bf16 words are too near
+    return [answers.loss, texts]
 
 
 def frames(recipe: Recipe, device: torch.device, window: str) -> list[torch.Tensor]:
@@ -171,14 +173,27 @@ def mistakes() -> dict[str, str]:
     return told
 
 
+def casts() -> list[str]:
+    """Precisions of a product, a root, a sum and a mixture under autocast."""
+    wide, narrow = torch.ones(2, 2, device=GPU), torch.ones(2, 2, device=GPU, dtype=torch.bfloat16)
+    with torch.autocast(GPU.type, torch.bfloat16):
+        made = wide @ narrow, narrow.rsqrt(), narrow.sum(), torch.cat([narrow, wide]), narrow * narrow
+    return [str(tensor.dtype).removeprefix("torch.") for tensor in made]
+
+
 def main(folder: Path) -> None:
     bases = tiny.whisper_folder(folder / "whisper"), tiny.qwen2_vl_folder(folder / "qwen2_vl")
     recipes = {kind: tiny.recipe(*bases, projector={"kind": kind, "hidden_size": 64}) for kind in KINDS}
     conv = recipes["conv"]
+    bf16 = conv.model_copy(update={"run": conv.run.model_copy(update={"precision": "bf16"})})
     calls: dict[str, Callable[[torch.device], Sequence[Any]]] = {
         **{f"stage 1, {kind}": lambda device, kind=kind: step(recipes[kind], device) for kind in KINDS},
         "stage 1, aligning": lambda device: step(conv, device, align=True),
         "stage 2": lambda device: step(conv, device, stage=2),
+        "stage 1, bf16": lambda device: step(bf16, device),
+        "stage 1, aligning, bf16": lambda device: step(bf16, device, align=True),
+        "stage 2, bf16": lambda device: step(bf16, device, stage=2),
+        "joint, bf16": lambda device: transcripts(bf16, device, 1.0),
         "greedy": lambda device: transcripts(conv, device, 0.0),
         "joint": lambda device: transcripts(conv, device, 1.0),
         "joint, longer": lambda device: transcripts(conv, device, 1.0, num_tokens=12),
@@ -188,15 +203,13 @@ def main(folder: Path) -> None:
         "saved": lambda device: saved(conv, device, folder),
     }
     with Machine():
-        told: dict[str, Any] = {"mistakes": mistakes()}
+        told: dict[str, Any] = {"mistakes": mistakes(), "casts": casts()}
         for name, call in calls.items():
             expected = call(CPU)
             waits.clear()
             told[name] = {"off": off(call(GPU), expected), "waits": list(waits)}
     print(json.dumps(told))
 
-
-KINDS = ("linear", "mlp", "swiglu", "conv")
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
