@@ -77,6 +77,15 @@ class OnGpu(Tensor):
         made.host = host
         return made
 
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other: OnGpu) -> None:  # as Module.float() sets it
+        Tensor.data.__set__(self, other)
+        self.host = other.host
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -104,6 +113,11 @@ def _empty_strided(size: Any, stride: Any, *, dtype: torch.dtype | None = None, 
     return OnGpu(torch.empty_strided(size, stride, dtype=dtype))
 
 
+@torch.library.impl("aten::empty.memory_format", "PrivateUse1")
+def _empty(size: Any, *, dtype: torch.dtype | None = None, **_: Any) -> OnGpu:
+    return OnGpu(torch.empty(size, dtype=dtype))
+
+
 @torch.library.impl("aten::_local_scalar_dense", "PrivateUse1")
 def _local_scalar_dense(tensor: OnGpu) -> Any:  # of torch.tensor([...]) with tensors in the list
     _note("aten::_local_scalar_dense", "")
@@ -122,7 +136,8 @@ def _autocast(name: str, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Non
         dtype = dtype_of(floating)
         with torch._C._ExcludeDispatchKeyGuard(off):
             if takes_dtype:
-                return call(*args, **({"dtype": dtype} if floating else {}) | kwargs)
+                is_told = any(isinstance(given, torch.dtype) for given in (*args, *kwargs.values()))
+                return call(*args, **kwargs, **({} if is_told or not floating else {"dtype": dtype}))
             return call(*tree_map(lambda leaf: leaf.to(dtype) if _is_cast(leaf) else leaf, args), **kwargs)
 
     torch.library.impl(f"aten::{name}", "AutocastPrivateUse1")(cast)
