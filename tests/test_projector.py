@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,31 @@ def test_initialise_leaves_nothing_unset(kind: str) -> None:
 def test_an_unknown_kind_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'qformer'; there are linear, mlp, swiglu, conv"):
         build_projector("qformer", 5, 3, 12, 8)
+
+
+def test_under_autocast_swiglus_norms_have_torchs_values_and_its_fused_kernel() -> None:
+    """Without the kernel torch warns."""
+    projector, frames = build_projector("swiglu", 5, 3, 12, 8), torch.randn(2, 9, 5).bfloat16()
+    projector.initialise(1.0, torch.Generator().manual_seed(1))
+    norms = projector.norm_in, projector.norm_mid
+
+    def result() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = projector(frames)
+        return [made, *torch.autograd.grad(made.float().square().sum(), list(projector.parameters()))]
+
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours = result()
+        for norm in norms:
+            norm.__class__ = torch.nn.RMSNorm
+        with pytest.warns(UserWarning, match="fused"):
+            theirs = result()
+    finally:
+        torch.set_warn_always(False)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
 def test_swiglu_needs_an_even_hidden_size() -> None:

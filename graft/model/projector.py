@@ -85,6 +85,14 @@ class MlpProjector(Projector):
         _normal(self.linear_2, output_std / math.sqrt(_GELU_MEAN_SQUARE), generator)
 
 
+class WideRMSNorm(nn.RMSNorm):
+    """In the precision of its weight, to which torch would bring a bf16 input too, but without its fused kernel."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., H)."""
+        return super().forward(hidden.to(self.weight.dtype))
+
+
 class SwigluProjector(Projector):
     """RMSNorm, linear, SwiGLU, RMSNorm, linear: Ultravox's projector with its norm in the middle (its v0.5 and later).
 
@@ -96,9 +104,9 @@ class SwigluProjector(Projector):
         super().__init__()
         _check_even(hidden_size)
         self.stack = StackFrames(stack_factor)
-        self.norm_in = nn.RMSNorm(stack_factor * frame_size, eps=1e-6)
+        self.norm_in = WideRMSNorm(stack_factor * frame_size, eps=1e-6)
         self.linear_1 = nn.Linear(stack_factor * frame_size, hidden_size, bias=False)
-        self.norm_mid = nn.RMSNorm(hidden_size // 2, eps=1e-6)
+        self.norm_mid = WideRMSNorm(hidden_size // 2, eps=1e-6)
         self.linear_2 = nn.Linear(hidden_size // 2, text_size, bias=False)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
