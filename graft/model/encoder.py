@@ -142,9 +142,20 @@ class SpeechEncoder:
         together = max(1, CACHED_FRAMES * torch.get_num_threads() // window.num_frames) if on_cpu else len(mels)
         with torch.autocast(self.device.type, enabled=False):
             frames = [encode_mels(self.model, part.to(self.device, self.dtype)) for part in mels.split(together)]
-        rows = (row for part in frames for row in part.to(FEATURE_DTYPE).cpu())
-        counts = [lengths.encoder_frames(len(waveform)) for waveform in waveforms]
-        return [row[:count].clone() for row, count in zip(rows, counts, strict=True)]
+        rows = (row for part in frames for row in part)
+        counts = (lengths.encoder_frames(len(waveform)) for waveform in waveforms)
+        return _on_the_host([row[:count] for row, count in zip(rows, counts, strict=True)])
+
+
+def _on_the_host(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Frames (F_i, D) in bf16; from a GPU in one copy, into page-locked memory: several times as fast as into other."""
+    device = rows[0].device
+    if device.type == "cpu":
+        return [row.to(FEATURE_DTYPE, copy=True) for row in rows]  # what stands behind them is let go
+    together = torch.cat(list(rows)).to(FEATURE_DTYPE).to("cpu", non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return list(together.split([len(row) for row in rows]))
 
 
 def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:

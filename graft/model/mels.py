@@ -15,6 +15,7 @@ from graft.lengths import Window
 
 MEL_FLOOR_LOG10, MEL_RANGE_LOG10 = -10.0, 8.0  # of Whisper's log-mels (arXiv 2212.04356): powers of ten
 NUM_BANDS = 4  # of the mel filters
+MOST_AT_A_TIME = 64  # waveforms, on a GPU: of 30 s each they take 1 GB
 FEWEST_MEL_FRAMES = 64  # at a time: matrix products of very few columns are rounded otherwise than those of many
 
 
@@ -40,18 +41,25 @@ class LogMels:
         # The last frame that hears a sample, and a mirror at the end that sees silence alone, need n_fft zeros.
         counts = [-(-(len(waveform) + self.extractor.n_fft) // hop) for waveform in waveforms]
         counts = [min(max(count, FEWEST_MEL_FRAMES), self.window.num_mel_frames) for count in counts]
-        spectra = _Spectra(self._hann, hop, max(counts, default=0))
+        together = 1 if self.device.type == "cpu" else MOST_AT_A_TIME
+        spectra = _Spectra(self._hann, hop, min(together, len(waveforms)), max(counts, default=0))
         shape = len(waveforms), self.extractor.feature_size, max(num_kept, *counts, 0)
-        mels = torch.empty(shape, device=self.device)
-        for mel, waveform, frames in zip(mels, _brought(waveforms, self.device), counts, strict=True):
-            power, heard = spectra.power(waveform, frames), mel[:, :frames]
-            for rows, bins, weights in self._bands:
-                torch.mm(weights, power[:, bins].T, out=heard[rows])
-            heard.clamp_(min=10**MEL_FLOOR_LOG10).log10_()
-            quietest = heard.amax() - MEL_RANGE_LOG10
-            torch.maximum(heard, quietest, out=heard).add_(4.0).div_(4.0)
-            mel[:, frames:] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
+        mels, brought = torch.empty(shape, device=self.device), _brought(waveforms, self.device)
+        for first in range(0, len(waveforms), together):
+            rows = slice(first, first + together)
+            self._fill(mels[rows], spectra.power(brought[rows], max(counts[rows])))
         return mels[:, :, :num_kept]
+
+    def _fill(self, mels: torch.Tensor, power: torch.Tensor) -> None:
+        """Mels (W, n_mels, 2F) of power spectra (W, frames, bins), behind which is silence."""
+        heard = mels[:, :, : power.shape[1]]
+        for mel, spectrum in zip(heard, power, strict=True):
+            for rows, bins, weights in self._bands:
+                torch.mm(weights, spectrum[:, bins].T, out=mel[rows])
+        heard.clamp_(min=10**MEL_FLOOR_LOG10).log10_()
+        quietest = heard.amax((1, 2), keepdim=True) - MEL_RANGE_LOG10
+        torch.maximum(heard, quietest, out=heard).add_(4.0).div_(4.0)
+        mels[:, :, power.shape[1] :] = (quietest.clamp(min=MEL_FLOOR_LOG10) + 4.0) / 4.0
 
 
 def mel_settings(extractor: WhisperFeatureExtractor, window: Window) -> dict[str, int | float]:
@@ -88,28 +96,32 @@ def _bands(filters: torch.Tensor, device: torch.device) -> list[tuple[slice, sli
 
 
 class _Spectra:
-    """Power spectra of one waveform after the other, in the same memory: fresh pages cost as much as the transform."""
+    """Power spectra of some waveforms after the others, in the same memory: fresh pages cost as much as the transform.
 
-    def __init__(self, hann: torch.Tensor, hop: int, most_frames: int) -> None:
+    On a CPU that is one at a time, so that its cache holds them; on a GPU a kernel for each would be too little work.
+    """
+
+    def __init__(self, hann: torch.Tensor, hop: int, together: int, most_frames: int) -> None:
         self.n_fft, self.hop, self.hann = len(hann), hop, hann
         bins, device = self.n_fft // 2 + 1, hann.device
-        self.samples = torch.empty(most_frames * self.hop + self.n_fft, device=device)
-        self.windowed = torch.empty((most_frames, self.n_fft), device=device)
-        self.spectrum = torch.empty((most_frames, bins), dtype=torch.complex64, device=device)
-        self.squares = torch.empty((most_frames, bins), device=device)
+        self.samples = torch.empty((together, most_frames * self.hop + self.n_fft), device=device)
+        self.windowed = torch.empty((together, most_frames, self.n_fft), device=device)
+        self.spectrum = torch.empty((together, most_frames, bins), dtype=torch.complex64, device=device)
+        self.squares = torch.empty((together, most_frames, bins), device=device)
 
-    def power(self, waveform: torch.Tensor, frames: int) -> torch.Tensor:
-        """Waveform (S,) -> (frames, n_fft / 2 + 1), ``torch.stft(...).abs() ** 2``; valid until the next."""
-        half, size = self.n_fft // 2, frames * self.hop
-        samples = self.samples[: size + self.n_fft]
-        middle = samples[half : half + size]
-        middle[: len(waveform)] = waveform
-        middle[len(waveform) :] = 0
-        samples[:half] = middle[1 : half + 1].flip(0)  # mirrored at both ends, without the sample at the end itself
-        samples[half + size :] = middle[-half - 1 : -1].flip(0)
-        windowed, spectrum = self.windowed[:frames], self.spectrum[:frames]
-        torch.mul(samples.unfold(0, self.n_fft, self.hop)[:frames], self.hann, out=windowed)
+    def power(self, waveforms: Sequence[torch.Tensor], frames: int) -> torch.Tensor:
+        """Waveforms (S_i,) -> (W, frames, n_fft / 2 + 1), ``torch.stft(...).abs() ** 2``; valid until the next."""
+        half, size, count = self.n_fft // 2, frames * self.hop, len(waveforms)
+        samples = self.samples[:count, : size + self.n_fft]
+        middle = samples[:, half : half + size]
+        for row, waveform in zip(middle, waveforms, strict=True):
+            row[: len(waveform)] = waveform
+            row[len(waveform) :] = 0
+        samples[:, :half] = middle[:, 1 : half + 1].flip(1)  # mirrored at both ends, without the sample at the end
+        samples[:, half + size :] = middle[:, -half - 1 : -1].flip(1)
+        windowed, spectrum = self.windowed[:count, :frames], self.spectrum[:count, :frames]
+        torch.mul(samples.unfold(1, self.n_fft, self.hop)[:, :frames], self.hann, out=windowed)
         torch.fft.rfft(windowed, out=spectrum)
         real, imaginary = torch.view_as_real(spectrum).unbind(-1)
         # |z| and then its square, as the extractor has it, would take a root and undo it.
-        return torch.mul(real, real, out=self.squares[:frames]).addcmul_(imaginary, imaginary)
+        return torch.mul(real, real, out=self.squares[:count, :frames]).addcmul_(imaginary, imaginary)
