@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks import harness, mini
 from benchmarks.harness import Figure
@@ -29,7 +30,7 @@ from graft.lengths import (
     encoder_frames,
 )
 from graft.model.config import FEATURE_DTYPE
-from graft.model.encoder import SpeechEncoder
+from graft.model.encoder import SpeechEncoder, load_encoder
 
 CLIP_S, TURBO_SIZE = 10, 1280  # of the counted bytes: seconds of a clip, and a frame of whisper-large-v3-turbo
 BATCH = 16  # the default of audio.encode_batch_size
@@ -53,15 +54,19 @@ def report() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         random_whisper(Path(folder) / "hf", WHISPER_TINY)
         words = str(Path(folder) / "hf"), harness.fast_dtype(), "cpu"
-        full, trimmed = SpeechEncoder(*words), SpeechEncoder(*words, "trimmed")
+        full, trimmed, stock = SpeechEncoder(*words), SpeechEncoder(*words, "trimmed"), load_encoder(*words)
         ct2, version = ctranslate2_frames(Path(folder) / "hf", Path(folder) / "ct2", full.extractor)
     clips = noise([frames * SAMPLES_PER_ENCODER_FRAME for frames in mini.clip_frames()[:BATCH]])
-    facts = compare(full, trimmed, clips)
+
+    def theirs() -> torch.Tensor:
+        return hf_frames(stock, full.extractor, clips)
+
+    facts = compare(theirs(), full, trimmed, clips)
     sides: dict[str, Callable[[], Any]] = {
         "our mels": repeated(lambda: full.log_mels(clips)),
         "hf mels": repeated(lambda: hf_mels(full.extractor, clips)),
         "our frames": lambda: full.encode(clips),
-        "hf frames": lambda: hf_frames(full, clips),
+        "hf frames": theirs,
         "trimmed frames": lambda: trimmed.encode(clips),
     }
     if ct2:
@@ -98,9 +103,9 @@ def hf_mels(extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torc
 
 
 @torch.no_grad()
-def hf_frames(encoder: SpeechEncoder, batch: list[np.ndarray]) -> torch.Tensor:
+def hf_frames(encoder: WhisperEncoder, extractor: WhisperFeatureExtractor, batch: list[np.ndarray]) -> torch.Tensor:
     """Frames (B, 1500, D)."""
-    return encoder.model(hf_mels(encoder.extractor, batch).to(encoder.dtype)).last_hidden_state
+    return encoder(hf_mels(extractor, batch).to(encoder.dtype)).last_hidden_state
 
 
 def ctranslate2_frames(
@@ -125,9 +130,11 @@ def ctranslate2_frames(
     return frames, ctranslate2.__version__
 
 
-def compare(full: SpeechEncoder, trimmed: SpeechEncoder, batch: list[np.ndarray]) -> dict[str, float]:
+def compare(
+    theirs: torch.Tensor, full: SpeechEncoder, trimmed: SpeechEncoder, batch: list[np.ndarray]
+) -> dict[str, float]:
     """How far our frames are from Hugging Face's; AssertionError if those of full windows are others."""
-    theirs = hf_frames(full, batch).to(FEATURE_DTYPE).float()
+    theirs = theirs.to(FEATURE_DTYPE).float()
     counts = [encoder_frames(len(waveform)) for waveform in batch]
     exact = torch.cat([row[:count] for row, count in zip(theirs, counts, strict=True)])
     ours, shorter = (torch.cat(encoder.encode(batch)).float() for encoder in (full, trimmed))

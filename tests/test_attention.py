@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.model.attention import BLOCK, _InBlocks, causal_attention
+from graft.model import attention as attention_module
+from graft.model.attention import BLOCK, EVERY, _InBlocks, attend_all, causal_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SIZE = 8  # of a head
@@ -93,3 +94,37 @@ def test_compiled_around_it_no_length_is_traced_anew() -> None:
         assert torch.equal(compiled(q, k, v), layer(q, k, v))
         traced.append(len(graphs))
     assert traced[1] == traced[3] > 0, "new lengths made new graphs"
+
+
+def all_by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+
+
+def drawn_for_all(num_queries: int, num_keys: int, heads: int, offset: float = 0.0) -> list[Tensor]:
+    """Scaled queries, keys and values of two rows; with ``offset`` all keys have a part in common, as trained ones."""
+    chance = torch.Generator().manual_seed(num_queries + num_keys + heads)
+    sizes = (num_queries, num_keys, num_keys)
+    q, k, v = (torch.randn(2, heads, size, SIZE, generator=chance, dtype=torch.float64) for size in sizes)
+    return [q, k + offset * torch.randn(heads, 1, SIZE, generator=chance, dtype=torch.float64), v]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("num_queries", "num_keys", "heads"), [(1, 1, 1), (7, 7, 5), (3, EVERY + 1, 2), (20, 33, 4)])
+def test_of_all_positions_blocks_give_torchs_values(
+    num_queries: int, num_keys: int, heads: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(attention_module, "QUERIES", 6)
+    given = drawn_for_all(num_queries, num_keys, heads)
+    torch.testing.assert_close(attend_all(*given), all_by_torch(*given), rtol=1e-10, atol=1e-12)
+
+
+def test_of_all_positions_bf16_is_near_the_truth_where_scores_are_in_the_hundreds() -> None:
+    """Rounded as they are, they would be many times as far off. Keys at random: of every 16th little can be guessed."""
+    given = [tensor.bfloat16() for tensor in drawn_for_all(200, 300, 4, offset=12.0)]
+    q, k, v = (tensor.double() for tensor in given)
+    true = all_by_torch(q, k, v)
+    rounded = ((q @ k.mT).bfloat16().double().softmax(-1) @ v).transpose(1, 2)
+    assert (q @ k.mT).abs().max() > 100
+    off, torchs, plainly = ((each - true).norm() for each in (attend_all(*given), all_by_torch(*given), rounded))
+    assert off < 3 * torchs and off < 0.1 * plainly

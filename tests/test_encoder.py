@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from graft.data.audio import load_audio
 from graft.lengths import Window, WindowExceeded
 from graft.model import encoder as encoder_module
+from graft.model.attention import ALL_IN_BLOCKS
 from graft.model.encoder import SpeechEncoder, load_encoder, load_feature_extractor
 from graft.model.mels import LogMels, mel_settings
 
 FP32 = torch.float32
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,23 @@ def test_frames_are_the_same_alone_and_in_a_batch(encoder: SpeechEncoder) -> Non
         assert (alone != frames).float().mean() < 0.01
 
 
+def test_in_bf16_frames_are_as_near_to_fp32_as_stock_whispers() -> None:
+    """Of the trained tiny Whisper, cut behind the last layer's keys, with attention in blocks."""
+    base = str(ROOT / "examples" / "tiny" / "whisper")
+    sounds = sorted((ROOT / "examples" / "tiny" / "corpus" / "audio" / "test").glob("*.ogg"))[:7]
+    waveforms = [load_audio(sound)[:60_000] for sound in sounds]
+    fp32, bf16 = SpeechEncoder(base, FP32), SpeechEncoder(base, torch.bfloat16)
+    assert bf16.model.config._attn_implementation == ALL_IN_BLOCKS
+    stock = load_encoder(base, torch.bfloat16)
+    with torch.no_grad():
+        theirs = stock(bf16.log_mels(waveforms).bfloat16()).last_hidden_state
+    ours, true = bf16.encode(waveforms), fp32.encode(waveforms)
+    theirs = [row[: len(frames)] for row, frames in zip(theirs, true, strict=True)]
+    assert [frames.shape for frames in ours] == [frames.shape for frames in true]
+    off, stocks = ((torch.cat(each).float() - torch.cat(true).float()).norm() for each in (ours, theirs))
+    assert 0 < off <= 1.1 * stocks < 0.01 * torch.cat(true).float().norm()
+
+
 def test_on_a_cpu_as_many_frames_go_in_at_a_time_as_the_cache_holds(
     encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +130,7 @@ def test_on_a_cpu_as_many_frames_go_in_at_a_time_as_the_cache_holds(
     whole, windows = encoder.encode(waveforms), []
     monkeypatch.setattr(encoder_module, "CACHED_FRAMES", 2 * encoder.window.num_frames)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    hook = encoder.model.register_forward_pre_hook(lambda _, inputs: windows.append(len(inputs[0])))
+    hook = encoder.model.conv1.register_forward_pre_hook(lambda _, inputs: windows.append(len(inputs[0])))
     parts = encoder.encode(waveforms)
     hook.remove()
     assert windows == [2, 2, 1]

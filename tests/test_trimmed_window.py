@@ -97,7 +97,7 @@ def test_shorter_than_the_window_is_stock_whisper_with_a_shorter_window(base: st
     short.config.max_source_positions = 75
     short.embed_positions = torch.nn.Embedding.from_pretrained(full.model.embed_positions.weight[:75])
     with torch.inference_mode():
-        assert torch.equal(encode_mels(full.model, mels), short(mels).last_hidden_state)
+        assert torch.equal(encode_mels(full.model, mels, 75), short(mels).last_hidden_state)
 
 
 def test_trimmed_frames_are_others_but_near(full: SpeechEncoder, trimmed: SpeechEncoder) -> None:
@@ -121,7 +121,8 @@ def test_neighbours_in_the_batch_change_nothing(trimmed: SpeechEncoder, sizes: l
 def test_no_forward_pads(trimmed: SpeechEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     monkeypatch.setattr(
-        "graft.model.encoder.encode_mels", lambda model, mels: shapes.append(mels.shape) or encode_mels(model, mels)
+        "graft.model.encoder.encode_mels",
+        lambda model, mels, count: shapes.append(mels.shape) or encode_mels(model, mels, count),
     )
     trimmed.encode([noise(size) for size in (9_000, 30_000, 9_500, 48_000)])
     assert shapes == [(2, 16, 100), (1, 16, 250), (1, 16, 300)]

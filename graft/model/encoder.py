@@ -1,6 +1,7 @@
 """The frozen Whisper encoder: waveforms in, frames out, over its full window or over as much of it as is needed.
 
-S: samples at 16 kHz    F: encoder frames of 20 ms, ceil(S / 320)    D: size of a frame
+S: samples at 16 kHz    F: encoder frames of 20 ms, ceil(S / 320)    C: those of them that are asked for
+D: size of a frame    W: windows
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from graft import lengths
 from graft.lengths import Window
+from graft.model.attention import ALL_IN_BLOCKS
 from graft.model.bases import load_config, reading, refuse_missing
 from graft.model.config import FEATURE_DTYPE
 from graft.model.mels import LogMels, mel_settings
@@ -87,6 +90,10 @@ class SpeechEncoder:
 
     With ``audio_window="full"`` it always runs over its whole window, as Whisper was trained: its frames are exact.
     With ``"trimmed"`` it runs over the half seconds that hold the utterance: less work, somewhat other frames.
+
+    In fp32 full windows give stock Whisper's frames bit by bit. In bf16 they are rounded in other places, and as near
+    to those of fp32: behind its keys and values the last layer works on the utterances' own positions alone, and on a
+    CPU attention is :func:`graft.model.attention.attend_all`.
     """
 
     def __init__(
@@ -99,8 +106,10 @@ class SpeechEncoder:
         self.base, self.audio_window = base, audio_window
         self.extractor = load_feature_extractor(base)
         self.model = load_encoder(base, dtype, device)
-        self.dtype = dtype
+        self.dtype, self.is_stock = dtype, dtype == torch.float32
         self.device = torch.device(device)
+        if dtype == torch.bfloat16 and self.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.model.set_attn_implementation(ALL_IN_BLOCKS)
         self.window = Window(self.model.config.max_source_positions)
         self.frame_size: int = self.model.config.d_model
         self.log_mels = LogMels(self.extractor, self.window, self.device)
@@ -128,8 +137,9 @@ class SpeechEncoder:
         for index, waveform in enumerate(waveforms):
             _check_waveform(waveform, f"waveform {index} of {len(waveforms)}", self.window)
         together: dict[Window, list[int]] = {}
-        for index, waveform in enumerate(waveforms):
-            together.setdefault(self.window_of(len(waveform)), []).append(index)
+        order = range(len(waveforms))  # where lengths matter, like ones together
+        for index in order if self.is_stock else sorted(order, key=lambda index: len(waveforms[index])):
+            together.setdefault(self.window_of(len(waveforms[index])), []).append(index)
         made: dict[int, torch.Tensor] = {}
         for window, indices in together.items():
             made.update(zip(indices, self._forward([waveforms[i] for i in indices], window), strict=True))
@@ -140,11 +150,15 @@ class SpeechEncoder:
         mels = self.log_mels(waveforms, kept=window)
         on_cpu = self.device.type == "cpu"
         together = max(1, CACHED_FRAMES * torch.get_num_threads() // window.num_frames) if on_cpu else len(mels)
+        counts = [lengths.encoder_frames(len(waveform)) for waveform in waveforms]
+        rows: list[torch.Tensor] = []
         with torch.autocast(self.device.type, enabled=False):
-            frames = [encode_mels(self.model, part.to(self.device, self.dtype)) for part in mels.split(together)]
-        rows = (row for part in frames for row in part)
-        counts = (lengths.encoder_frames(len(waveform)) for waveform in waveforms)
-        return _on_the_host([row[:count] for row, count in zip(rows, counts, strict=True)])
+            for part in mels.split(together):
+                wanted = counts[len(rows) : len(rows) + len(part)]
+                most = window.num_frames if self.is_stock else max(wanted)
+                frames = encode_mels(self.model, part.to(self.device, self.dtype), most)
+                rows += (row[:count] for row, count in zip(frames, wanted, strict=True))
+        return _on_the_host(rows)
 
 
 def _on_the_host(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -158,23 +172,23 @@ def _on_the_host(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(together.split([len(row) for row in rows]))
 
 
-def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
-    """Log-mels (W, n_mels, 2F) -> frames (W, F, D), for F up to the encoder's window.
+def encode_mels(encoder: WhisperEncoder, mels: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Log-mels (W, n_mels, 2F) -> the first ``num_frames`` frames (W, C, D), for F up to the encoder's window.
 
-    Shorter than the window this is ``WhisperEncoder.forward`` (transformers 5, models/whisper/modeling_whisper.py)
-    without its insistence on the full length, and with the first F positions.
+    This is ``WhisperEncoder.forward`` (transformers 5, models/whisper/modeling_whisper.py) without its insistence on
+    the full length, with the first F positions. All of them are heard, but behind the last layer's keys and values
+    those alone are computed that are asked for.
     """
-    if mels.shape[-1] == encoder.max_source_positions * lengths.MEL_FRAMES_PER_ENCODER_FRAME:
-        return encoder(mels).last_hidden_state
-    return _encode_shorter(encoder, mels)
-
-
-def _encode_shorter(encoder: WhisperEncoder, mels: torch.Tensor) -> torch.Tensor:
-    hidden = torch.nn.functional.gelu(encoder.conv1(mels))
-    hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+    hidden = F.gelu(encoder.conv1(mels))
+    hidden = F.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
     hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    for layer in encoder.layers:
+    *layers, last = encoder.layers
+    for layer in layers:
         hidden = layer(hidden, None)
+    heard = last.self_attn_layer_norm(hidden)
+    attended, _ = last.self_attn(heard[:, :num_frames], key_value_states=heard)
+    hidden = hidden[:, :num_frames] + attended
+    hidden = hidden + last.fc2(last.activation_fn(last.fc1(last.final_layer_norm(hidden))))
     return encoder.layer_norm(hidden)
 
 
