@@ -130,14 +130,13 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k = torch.cat([q, -greatest], -1), F.pad(k, (0, 1), value=1.0).mT
     attended = v.new_empty(len(q), q.shape[2], q.shape[1], v.shape[-1])
     together = min(torch.get_num_threads(), q.shape[1])
-    room = v.new_empty(2, together * min(QUERIES, q.shape[2]) * k.shape[-1])  # fresh pages would cost as much again
+    room = v.new_empty(together * min(QUERIES, q.shape[2]) * k.shape[-1])  # fresh pages would cost as much again
     for row in zip(q, k, v, attended.transpose(1, 2), strict=True):
         for queries, keys, values, places in zip(*(heads.split(together) for heads in row), strict=True):
             for block, place in zip(queries.split(QUERIES, 1), places.split(QUERIES, 1), strict=True):
                 shape = len(block), block.shape[1], keys.shape[-1]
-                scores, weights = (space[: math.prod(shape)].view(shape) for space in room)
-                torch.softmax(torch.bmm(block, keys, out=scores), -1, out=weights)
-                place.copy_(torch.bmm(weights, values))
+                scores = torch.bmm(block, keys, out=room[: math.prod(shape)].view(shape))
+                place.copy_(torch.bmm(torch.softmax(scores, -1, out=scores), values))
     return attended
 
 
