@@ -17,7 +17,7 @@ import pytest
 PROGRAM = Path(__file__).resolve().parent / "programs" / "on_a_named_gpu.py"
 STEPS = ["stage 1, linear", "stage 1, mlp", "stage 1, swiglu", "stage 1, conv", "stage 1, aligning", "stage 2"]
 OTHERS = ["greedy", "joint", "joint, longer", "full windows", "trimmed windows", "picture", "saved"]
-BF16 = ["stage 1, bf16", "stage 1, aligning, bf16", "stage 2, bf16", "joint, bf16"]
+BF16 = ["stage 1, bf16", "stage 1, aligning, bf16", "stage 2, bf16", "joint, bf16", "full windows, bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_in_a_step_the_host_never_waits(told: dict[str, Any], name: str) -> None
     assert told[name]["waits"] == []
 
 
-@pytest.mark.parametrize(("name", "windows"), [("full windows", 1), ("trimmed windows", 2)])
+@pytest.mark.parametrize(("name", "windows"), [("full windows", 1), ("full windows, bf16", 1), ("trimmed windows", 2)])
 def test_an_encoder_waits_once_for_each_window(told: dict[str, Any], name: str, windows: int) -> None:
     """For its frames; waveforms go there, and mels are made, without waiting."""
     waits = told[name]["waits"]

@@ -24,7 +24,7 @@ from graft.data.loader import FeatureSample
 from graft.data.prompt import PromptTemplate
 from graft.evaluation.transcribe import GraftTranscriber, inferring
 from graft.model import mels
-from graft.model.assemble import assemble, save_trained
+from graft.model.assemble import DTYPES, assemble, save_trained
 from graft.model.encoder import SpeechEncoder
 from graft.model.lean import save_less
 from graft.model.lora import add_lora
@@ -113,7 +113,7 @@ def transcripts(recipe: Recipe, device: torch.device, weight: float, num_tokens:
 def frames(recipe: Recipe, device: torch.device, window: str) -> list[torch.Tensor]:
     """Frames of four waveforms, one of them of the whole window, by an encoder that has encoded before."""
     mels.MOST_AT_A_TIME = 3  # so these are two goes
-    encoder = SpeechEncoder(recipe.bases.whisper, torch.float32, device, window)
+    encoder = SpeechEncoder(recipe.bases.whisper, DTYPES[recipe.run.precision], device, window)
     encoder.encode(noise(777))
     waits.clear()
     return encoder.encode(noise(900, 16_000, 7_000, 7_001))
@@ -196,6 +196,7 @@ def main(folder: Path) -> None:
         "stage 1, aligning, bf16": lambda device: step(bf16, device, align=True),
         "stage 2, bf16": lambda device: step(bf16, device, stage=2),
         "joint, bf16": lambda device: transcripts(bf16, device, 1.0),
+        "full windows, bf16": lambda device: frames(bf16, device, "full"),
         "greedy": lambda device: transcripts(conv, device, 0.0),
         "joint": lambda device: transcripts(conv, device, 1.0),
         "joint, longer": lambda device: transcripts(conv, device, 1.0, num_tokens=12),
